@@ -1,0 +1,40 @@
+"""Which language model hosts, and how text is written for it. Loads without torch."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class LLMInit(Enum):
+    """Where a language model's weights come from."""
+
+    random = "random"  # the architecture below, drawn anew
+    pretrained = "pretrained"  # the checkpoint
+
+
+class Attention(Enum):
+    """Hugging Face attention implementation."""
+
+    eager = "eager"
+    sdpa = "sdpa"
+    flex_attention = "flex_attention"
+    flash_attention_2 = "flash_attention_2"
+
+
+@dataclass(kw_only=True, slots=True)
+class LLMConfig:
+    """Any Hugging Face causal LM, unmodified. ``architecture`` holds its config's values, so that plans are checked
+    and random or meta models built without a network."""
+
+    name: str = "???"
+    family: str = "???"  # Hugging Face model_type: llama, phi3, ...
+    checkpoint: str | None = None  # hub name or local folder of the weights and tokenizer
+    init: LLMInit = LLMInit.random
+    template: str = "shipped"  # a name in language.conversation.TEMPLATES
+    max_length: int = 2048  # positions, image tokens included
+    attention: Attention = Attention.sdpa
+    architecture: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        return int(self.architecture["num_hidden_layers"])

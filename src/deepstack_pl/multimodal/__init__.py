@@ -1,0 +1,1 @@
+"""The model: projector, merge, DeepStackForConditionalGeneration and its processor."""

@@ -1,0 +1,147 @@
+"""From values to a model: random, pretrained or on the meta device; and its parts by name."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto import CONFIG_MAPPING
+
+from deepstack_pl.language.config import LLMConfig, LLMInit
+from deepstack_pl.multimodal.config import ProjectorConfig, build_plan
+from deepstack_pl.multimodal.configuration import DeepStackConfig, vision_values
+from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.stacking.config import ModelConfig
+from deepstack_pl.vision.config import VisionConfig, VisionInit
+
+PARTS = ("vision", "projector", "llm")
+_PREFIXES = {"vision_tower": "vision", "projector": "projector", "gates": "projector", "language_model": "llm"}
+
+
+def build_model(
+    model: ModelConfig,
+    llm: LLMConfig,
+    vision: VisionConfig,
+    projector: ProjectorConfig,
+    *,
+    seed: int,
+    image_token_id: int,
+    device: str = "cpu",
+) -> DeepStackForConditionalGeneration:
+    """Build the model; on ``device="meta"`` shapes alone, without weights or network.
+
+    Raises:
+        ValueError: the plan does not fit, or pretrained weights are not at hand.
+    """
+    plan = build_plan(model, llm, vision)
+    meta = device == "meta"
+    pretrained = llm.init is LLMInit.pretrained and not meta
+    config = DeepStackConfig(
+        text_config=_checkpoint_config(llm) if pretrained else text_config(llm),
+        vision=vision_values(vision),
+        projector=projector.kind.value,
+        plan=plan.to_dict(),
+        template=llm.template,
+        image_token_id=image_token_id,
+        sample_max_length=llm.max_length,
+        init_seed=seed,
+    )
+    config._attn_implementation = llm.attention.value
+    with torch.device(device):
+        built = DeepStackForConditionalGeneration(config)
+    if pretrained:
+        built.language_model.load_state_dict(_checkpoint(llm).state_dict())
+    if vision.init is VisionInit.pretrained and not meta:
+        built.vision_tower.tower.load_pretrained()
+    return built
+
+
+def parts(model: DeepStackForConditionalGeneration) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Every parameter, by the part it belongs to; gates belong to the projector."""
+    sorted_in: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}
+    for name, parameter in model.named_parameters():
+        sorted_in[_PREFIXES[name.split(".")[0]]].append((name, parameter))
+    return sorted_in
+
+
+def load_weights(model: DeepStackForConditionalGeneration, folder: str | Path) -> None:
+    """Start ``model`` from the weights of a run or an exported folder; the plans may differ, the tensors may not.
+
+    Raises:
+        ValueError: no weights there, or tensors of other names or shapes.
+    """
+    file = Path(folder) / "model.safetensors"
+    if not file.is_file():
+        raise ValueError(
+            f"init_from={folder}: there is no model.safetensors. Give the folder of a finished run (outputs/latest "
+            "names the newest), or one written by save_pretrained."
+        )
+    loaded = load_file(file)
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shared = {name for group in _tied(model) for name in group if group & loaded.keys()}
+    missing = sorted(own.keys() - loaded.keys() - shared)
+    left_over = sorted(loaded.keys() - own.keys())
+    reshaped = sorted(n for n, t in loaded.items() if n in own and own[n] != tuple(t.shape))
+    if missing or left_over or reshaped:
+        raise ValueError(
+            f"init_from={folder} does not fit this model: missing {missing[:3]}, left over {left_over[:3]}, of another "
+            f"shape {reshaped[:3]}. llm=, vision= and projector= must be those of that run."
+        )
+    model.load_state_dict(loaded, strict=False)
+
+
+def text_config(llm: LLMConfig) -> PreTrainedConfig:
+    """The Hugging Face configuration that conf's values describe."""
+    if llm.family not in CONFIG_MAPPING:
+        raise ValueError(f"llm.family={llm.family}: no model type of transformers. Its documentation lists them.")
+    return CONFIG_MAPPING[llm.family](**llm.architecture)
+
+
+def _tied(model: nn.Module) -> list[set[str]]:
+    """Names that share one tensor."""
+    names: dict[int, set[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), set()).add(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _named(llm: LLMConfig) -> str:
+    if llm.checkpoint is None:
+        raise ValueError(
+            f"llm={llm.name}: llm.init=pretrained needs llm.checkpoint, a Hugging Face hub name or a local folder. "
+            "llm.init=random needs none."
+        )
+    return llm.checkpoint
+
+
+def _not_at_hand(llm: LLMConfig, error: Exception) -> ValueError:
+    return ValueError(
+        f"llm={llm.name}: the weights of {llm.checkpoint} are not at hand ({str(error).splitlines()[0]}). They come "
+        f"from the Hugging Face hub under that name: connect once (`hf download {llm.checkpoint}`), or point llm.checkpoint "
+        "at a local folder. llm.init=random builds the same architecture from the values in conf, with random weights."
+    )
+
+
+def _checkpoint_config(llm: LLMConfig) -> PreTrainedConfig:
+    """The checkpoint's own configuration, in full; conf's values must agree with it."""
+    try:
+        config = AutoConfig.from_pretrained(_named(llm))
+    except OSError as error:
+        raise _not_at_hand(llm, error) from error
+    theirs: dict[str, Any] = config.to_dict()
+    differ = {k: (v, theirs[k]) for k, v in llm.architecture.items() if k in theirs and theirs[k] != v}
+    if config.model_type != llm.family or differ:
+        raise ValueError(
+            f"llm={llm.name}: conf and the checkpoint {llm.checkpoint} disagree (conf, checkpoint): "
+            f"{differ or (llm.family, config.model_type)}. Plans are checked against conf: correct llm.architecture."
+        )
+    return config
+
+
+def _checkpoint(llm: LLMConfig) -> nn.Module:
+    try:
+        return AutoModelForCausalLM.from_pretrained(_named(llm), dtype=torch.float32)
+    except OSError as error:
+        raise _not_at_hand(llm, error) from error

@@ -1,0 +1,67 @@
+"""config.json: every value the model and its processor need, so that loading needs no conf/ and no remote code."""
+
+from dataclasses import asdict
+from enum import Enum
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto import CONFIG_MAPPING
+
+from deepstack_pl.multimodal.config import ProjectorKind
+from deepstack_pl.stacking.plan import Plan
+from deepstack_pl.vision.config import VisionConfig, VisionInit
+
+
+class DeepStackConfig(PreTrainedConfig):
+    """Hugging Face configuration of `DeepStackForConditionalGeneration`.
+
+    Attributes:
+        text_config: the LLM's own Hugging Face configuration.
+        vision: the values of a `VisionConfig`.
+        projector: a `ProjectorKind`.
+        plan: the values of a `Plan`.
+        template: name of the conversation template.
+        image_token_id: the placeholder's id; its embedding is never looked up, so it may lie beyond the vocabulary.
+        sample_max_length: positions of a sample, image tokens included.
+        init_seed: the seed that each part's random weights were drawn from.
+    """
+
+    model_type = "deepstack_pl"
+    sub_configs = {"text_config": AutoConfig}  # pyright: ignore # noqa: RUF012 - Hugging Face reads it on the class
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        vision: dict[str, Any] | None = None,
+        projector: str = ProjectorKind.mlp2x_gelu.value,
+        plan: dict[str, Any] | None = None,
+        template: str = "shipped",
+        image_token_id: int = -1,
+        sample_max_length: int = 2048,
+        init_seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            text_config = CONFIG_MAPPING[text_config["model_type"]](**text_config)
+        self.text_config = text_config if text_config is not None else CONFIG_MAPPING["llama"]()
+        self.vision = vision or {}
+        self.projector = projector
+        self.plan = plan or {}
+        self.template = template
+        self.image_token_id = image_token_id
+        self.sample_max_length = sample_max_length
+        self.init_seed = init_seed
+        # Written at both levels: the default of the nested one changed between transformers releases.
+        kwargs["tie_word_embeddings"] = self.text_config.tie_word_embeddings
+        super().__init__(**kwargs)
+
+    def typed_plan(self) -> Plan:
+        return Plan.from_dict(self.plan)
+
+    def typed_vision(self) -> VisionConfig:
+        return VisionConfig(**{**self.vision, "init": VisionInit(self.vision["init"])})
+
+
+def vision_values(config: VisionConfig) -> dict[str, Any]:
+    """Plain values of a `VisionConfig`, for config.json."""
+    return {key: value.value if isinstance(value, Enum) else value for key, value in asdict(config).items()}

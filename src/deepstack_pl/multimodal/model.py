@@ -1,0 +1,227 @@
+"""DeepStackForConditionalGeneration: tower, projector and LLM under one plan, as a Hugging Face model.
+
+Meng et al., 2024, https://arxiv.org/abs/2406.04334. Axes: ``b t`` positions, ``v`` views, ``n`` slots, ``g`` groups
+entering the LLM, ``h`` groups entering the tower, ``m`` patches of all global views, ``d`` LLM width.
+"""
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Cache, GenerationMixin
+from transformers import PreTrainedModel as HFModel
+from transformers.utils.generic import ModelOutput
+
+from deepstack_pl.language.host import CARRIER, Carrier, assert_installed, install
+from deepstack_pl.multimodal.config import ProjectorKind
+from deepstack_pl.multimodal.configuration import DeepStackConfig
+from deepstack_pl.multimodal.merge import merge
+from deepstack_pl.multimodal.projector import build_projector
+from deepstack_pl.stacking.config import Host
+from deepstack_pl.stacking.injection import InjectionTrace, gather
+from deepstack_pl.vision.encoder import VisionEncoder
+
+VISUAL_INPUTS = ("views", "sequence_rows", "group_rows", "vit_rows")  # not indexed by sample: never repeated for beams
+
+
+@dataclass
+class DeepStackOutput(ModelOutput):
+    """What a forward pass returns; ``record`` only where it was asked for."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    record: list[InjectionTrace] | None = None
+
+
+class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
+    """A vision tower, a projector and a stock causal LM; injections as ``plan`` says.
+
+    Parts initialise themselves, each from its own seed, so that shared parts are equal in every arm of a sweep.
+    """
+
+    config_class = DeepStackConfig
+    config: DeepStackConfig
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]  # noqa: RUF012 - Hugging Face reads it on the class
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: DeepStackConfig) -> None:
+        super().__init__(config)
+        self.plan = config.typed_plan()
+        vision = config.typed_vision()
+        with _seeded(config.init_seed, "vision"):
+            self.vision_tower = VisionEncoder(vision, self.plan)
+        with _seeded(config.init_seed, "projector"):
+            width = config.text_config.hidden_size
+            self.projector = build_projector(ProjectorKind(config.projector), vision.width, width)
+        with _seeded(config.init_seed, "llm"):
+            self.language_model = AutoModelForCausalLM.from_config(
+                config.text_config, attn_implementation=config._attn_implementation
+            )
+        gated = {host.value: len(self.plan.gated(host)) for host in Host}
+        self.gates = nn.ParameterDict({host: nn.Parameter(torch.zeros(n)) for host, n in gated.items() if n})
+        install(self.language_model, self.plan)
+        self.post_init()
+        self.freeze_unreachable()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: each part drew its weights at construction, from its own seed."""
+
+    def unreachable(self) -> list[str]:
+        """Parameters that the plan cannot reach; they are frozen at build."""
+        return [f"vision_tower.tower.{name}" for name in self.vision_tower.tower.unreachable()]
+
+    def freeze_unreachable(self) -> None:
+        """Parameters that cannot get a gradient say so."""
+        for name in self.unreachable():
+            self.get_parameter(name).requires_grad_(False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "b t"] | None = None,
+        views: Float[Tensor, "v 3 s s"] | None = None,
+        token_index: Int[Tensor, "b t"] | None = None,
+        sequence_rows: Int[Tensor, " n"] | None = None,
+        group_rows: Int[Tensor, "g n"] | None = None,
+        vit_rows: Int[Tensor, "h m"] | None = None,
+        labels: Int[Tensor, "b t"] | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        record: bool = False,
+        **kwargs: Any,
+    ) -> DeepStackOutput:
+        """One pass; the visual arguments come together, from a `batch.MultimodalBatch`, or not at all.
+
+        Raises:
+            ValueError: some of the visual arguments are missing, or placeholders stand without an image.
+        """
+        traces: list[InjectionTrace] | None = [] if record else None
+        visual = (views, token_index, sequence_rows, group_rows, vit_rows)
+        if all(v is None for v in visual):
+            self._refuse_placeholders(input_ids)
+            embeds = self.get_input_embeddings()(input_ids)
+        else:
+            if views is None or token_index is None or sequence_rows is None or group_rows is None or vit_rows is None:
+                raise ValueError("views, token_index, sequence_rows, group_rows and vit_rows come together: pass all.")
+            tokens = self.encode(views, vit_rows, traces)
+            embeds = merge(self.get_input_embeddings(), input_ids, gather(tokens, sequence_rows), token_index)
+            if self.plan.groups(Host.llm):
+                kwargs[CARRIER] = Carrier(
+                    features=gather(tokens, group_rows),
+                    index=token_index,
+                    scales=self._scales(Host.llm),
+                    traces=traces,
+                )
+        output = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            labels=labels,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return DeepStackOutput(
+            loss=output.loss,
+            logits=output.logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            record=traces,
+        )
+
+    def encode(
+        self, views: Float[Tensor, "v 3 s s"], vit_rows: Int[Tensor, "h m"], traces: list[InjectionTrace] | None = None
+    ) -> Float[Tensor, "rows d"]:
+        """Projected tokens of every view that reaches the feature: one call a step, projection before dealing."""
+        tokens = self.vision_tower(views, vit_rows, self._scales(Host.vit), traces)
+        return self.projector(tokens).flatten(0, 1)
+
+    def _scales(self, host: Host) -> Float[Tensor, " gated"] | None:
+        return self.gates[host.value].tanh() if host.value in self.gates else None
+
+    def _refuse_placeholders(self, input_ids: Int[Tensor, "b t"]) -> None:
+        if input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
+            raise ValueError(
+                "input_ids hold image placeholders, but no views were given. Let the processor make the inputs: "
+                "processor(text, images)."
+            )
+
+    # GenerationMixin types `self` as a protocol that its own subclasses do not meet; hence the ignores below.
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Tensor, is_first_iteration: bool | None = False, use_cache: bool | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Images belong to the prompt: with a cache they enter once; without, the index grows by text positions."""
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+        )
+        if is_first_iteration or not use_cache:
+            index = inputs.get("token_index")
+            if index is not None and index.shape[1] != input_ids.shape[1]:
+                new = index.new_full((index.shape[0], input_ids.shape[1] - index.shape[1]), -1)
+                inputs["token_index"] = torch.cat([index, new], dim=1)
+        else:
+            for name in (*VISUAL_INPUTS, "token_index"):
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Beams repeat the index, never the features."""
+        visual = {name: kwargs.pop(name) for name in VISUAL_INPUTS if name in kwargs}
+        ids, kwargs = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return ids, {**kwargs, **visual}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a run's or an exported folder, strictly.
+
+        Raises:
+            ValueError: a tensor is missing, left over or of another shape.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # pyright: ignore
+        wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        if any(wrong.values()):
+            raise ValueError(
+                f"{args[0]} does not hold this model's weights: {wrong}. Is it of another plan or version?"
+            )
+        assert_installed(model.language_model)
+        model.freeze_unreachable()  # loading replaced every parameter
+        return (model, info) if wants_info else model
+
+
+@contextmanager
+def _seeded(seed: int, part: str) -> Iterator[None]:
+    """Draw ``part``'s initial weights from its own seed, and leave the caller's generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(f"{seed}/{part}".encode()))
+        yield
+
+
+AutoConfig.register(DeepStackConfig.model_type, DeepStackConfig, exist_ok=True)
+AutoModelForImageTextToText.register(DeepStackConfig, DeepStackForConditionalGeneration, exist_ok=True)

@@ -1,0 +1,1 @@
+"""Plans and the pure tensor arithmetic behind them."""

@@ -1,0 +1,67 @@
+"""The one gather-mask-add. Pure functions of explicit arguments; no state, no loop over samples, no ``nonzero``.
+
+Axes: ``n`` rows, ``d`` width; ``...`` any positions.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from deepstack_pl.stacking.plan import Injection
+
+
+@dataclass(frozen=True, slots=True)
+class InjectionTrace:
+    """What one injection did in one forward pass, for receipts and pictures.
+
+    Attributes:
+        added: what was added to the residual stream; keeps its gradient after a backward pass.
+        touched: the positions at which the stream changed.
+        hidden_rms, added_rms: root mean square of the stream before, and of the addition, over touched positions.
+    """
+
+    injection: Injection
+    added: Float[Tensor, "... d"]
+    touched: Bool[Tensor, "..."]
+    hidden_rms: Float[Tensor, ""]
+    added_rms: Float[Tensor, ""]
+
+
+def gather(features: Float[Tensor, "n d"], rows: Int[Tensor, "..."]) -> Float[Tensor, "... d"]:
+    """``features[rows]``, zero where a row is -1; zero there in the gradient too, never absent."""
+    return features[rows.clamp_min(0)] * (rows >= 0).unsqueeze(-1)
+
+
+def inject(
+    hidden: Float[Tensor, "... d"],
+    features: Float[Tensor, "n d"],
+    rows: Int[Tensor, "..."],
+    injection: Injection,
+    scale: Float[Tensor, ""] | None,
+    traces: list[InjectionTrace] | None,
+) -> Float[Tensor, "... d"]:
+    """``hidden`` plus the features at ``rows`` (-1: nothing), in ``hidden``'s dtype, out of place.
+
+    ``scale`` multiplies the addition where the injection is gated; ``traces``, where given, receives the record.
+    """
+    added = gather(features, rows)
+    if scale is not None:
+        added = added * scale
+    added = added.to(hidden.dtype)
+    after = hidden + added
+    if traces is not None:
+        traces.append(_trace(injection, hidden, added, after))
+    return after
+
+
+def _trace(injection: Injection, before: Tensor, added: Tensor, after: Tensor) -> InjectionTrace:
+    if added.requires_grad:
+        added.retain_grad()
+    touched = (after != before).any(-1)
+    count = touched.sum().clamp_min(1) * before.shape[-1]
+
+    def rms(values: Tensor) -> Tensor:
+        return ((values.detach().float() ** 2 * touched.unsqueeze(-1)).sum() / count).sqrt()
+
+    return InjectionTrace(injection, added, touched, rms(before), rms(added))

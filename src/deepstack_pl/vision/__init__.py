@@ -1,0 +1,1 @@
+"""Pixels to tokens: views, towers and the encoder, a host of injections."""

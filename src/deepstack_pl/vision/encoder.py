@@ -1,0 +1,64 @@
+"""Views to visual tokens, with injections on the way: DeepStack-V (paper, section 3.3; method B).
+
+Axes: ``v`` views (global views first, then tiles), ``k`` views that reach the feature, ``p2`` patches of a view,
+``h`` groups entering the tower, ``m`` patches of all global views, ``d`` width.
+"""
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from deepstack_pl.stacking.config import Host
+from deepstack_pl.stacking.injection import InjectionTrace, inject
+from deepstack_pl.stacking.plan import Plan
+from deepstack_pl.vision.config import VisionConfig
+from deepstack_pl.vision.towers import OpenClipTower
+
+
+class VisionEncoder(nn.Module):
+    """Runs a tower's blocks up to the tapped layer, injecting as the plan says.
+
+    The loop is our own because open_clip's takes no arguments through: a side channel gives wrong gradients under
+    activation checkpointing, with an equal loss.
+    """
+
+    def __init__(self, config: VisionConfig, plan: Plan) -> None:
+        super().__init__()
+        assert plan.vit_layers == config.tap
+        self.tower = OpenClipTower(config)
+        self.plan = plan
+
+    def forward(
+        self,
+        views: Float[Tensor, "v 3 s s"],
+        vit_rows: Int[Tensor, "h m"],
+        scales: Float[Tensor, " gated"] | None = None,
+        traces: list[InjectionTrace] | None = None,
+    ) -> Float[Tensor, "k p2 d"]:
+        """The selected hidden state without the class token.
+
+        Groups are dealt from the tiles as they stand before the first injected layer; from there on tiles go along
+        only where the plan needs their features too.
+        """
+        prefix, injections = self.tower.prefix, self.plan.at(Host.vit)
+        groups, gated = self.plan.groups(Host.vit), self.plan.gated(Host.vit)
+        hidden = self.tower.embed(views)
+        sources = hidden
+        for layer in range(self.plan.vit_layers + 1):
+            if injections and layer == min(injections):
+                sources = hidden[:, prefix:].flatten(0, 1)
+                if not self.plan.tiles_reach_feature:
+                    hidden = hidden[: vit_rows.shape[1] // (hidden.shape[1] - prefix)]
+            for injection in injections.get(layer, ()):
+                rows = self._spread(vit_rows[groups.index(injection.group)], hidden)
+                scale = scales[gated.index(injection)] if scales is not None and injection in gated else None
+                hidden = inject(hidden, sources, rows, injection, scale, traces)
+            if layer < self.plan.vit_layers:
+                hidden = self.tower.blocks[layer](hidden)
+        return hidden[:, prefix:]
+
+    def _spread(self, rows: Int[Tensor, " m"], hidden: Float[Tensor, "k t d"]) -> Int[Tensor, "k t"]:
+        """Rows over all tokens of all views in flight: nothing for class tokens and tiles."""
+        patches = hidden.shape[1] - self.tower.prefix
+        per_image = rows.view(-1, patches)
+        return F.pad(per_image, (self.tower.prefix, 0, 0, hidden.shape[0] - per_image.shape[0]), value=-1)

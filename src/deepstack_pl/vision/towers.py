@@ -1,0 +1,86 @@
+"""Vision towers behind one face: embed, blocks. The only file that knows where open_clip keeps its parts."""
+
+from functools import partial
+
+import open_clip
+from jaxtyping import Float
+from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
+from torch import Tensor, nn
+
+from deepstack_pl.vision.config import VisionConfig
+
+
+class OpenClipTower(nn.Module):
+    """An open_clip vision transformer, taken apart so that the encoder can run its blocks one by one.
+
+    Attributes:
+        prefix: tokens before the patches (the class token).
+    """
+
+    prefix = 1
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTransformer(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            mlp_ratio=config.mlp_ratio,
+            output_dim=config.width,
+            act_layer=QuickGELU if config.quick_gelu else nn.GELU,
+            norm_layer=partial(LayerNorm, eps=1e-5),
+        )
+        self.visual.proj = None  # the contrastive head: never used here
+
+    def embed(self, views: Float[Tensor, "v 3 s s"]) -> Float[Tensor, "v t d"]:
+        """Patches, class token and positions, normalised: hidden state 0."""
+        return self.visual._embeds(views)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.visual.transformer.resblocks
+
+    def unreachable(self) -> list[str]:
+        """Names of parameters that no feature depends on: blocks after the tapped layer, the final norm."""
+        names = ["visual.ln_post"]
+        if not self.config.tap:
+            names.append("visual.class_embedding")
+        names += [f"visual.transformer.resblocks.{i}" for i in range(self.config.tap, self.config.layers)]
+        return [n for n, _ in self.named_parameters() if any(n == name or n.startswith(f"{name}.") for name in names)]
+
+    def load_pretrained(self) -> None:
+        """Take the weights that ``vision.open_clip_weights`` names.
+
+        Raises:
+            ValueError: they are not at hand, or belong to another architecture.
+        """
+        name, weights = self.config.open_clip_model, self.config.open_clip_weights
+        if not name or not weights:
+            raise ValueError(
+                f"vision={self.config.name}: init is pretrained, but vision.open_clip_model={name} and "
+                f"vision.open_clip_weights={weights}. Name both, or set vision.init=random."
+            )
+        try:
+            clip = open_clip.create_model(name, pretrained=weights)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"vision={self.config.name}: the weights {weights!r} of open_clip's {name} are not at hand "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}). open_clip fetches them from the Hugging Face "
+                "hub: connect once, or point vision.open_clip_weights at a local file. vision.init=random builds the "
+                "same architecture with random weights."
+            ) from error
+        visual = clip.get_submodule("visual")
+        loaded = visual.state_dict()
+        loaded.pop("proj", None)
+        own = {key: tuple(value.shape) for key, value in self.visual.state_dict().items()}
+        theirs = {key: tuple(value.shape) for key, value in loaded.items()}
+        if own != theirs:
+            wrong = sorted(set(own.items()) ^ set(theirs.items()))[:4]
+            raise ValueError(
+                f"vision={self.config.name}: open_clip's {name} is not the architecture written in conf/vision; "
+                f"first differences: {wrong}. Correct width, layers, heads, patch_size or image_size."
+            )
+        self.visual.load_state_dict(loaded)

@@ -1,0 +1,117 @@
+from dataclasses import replace
+
+import pytest
+
+from deepstack_pl.stacking.config import (
+    Collisions,
+    GridRule,
+    Host,
+    InjectionConfig,
+    ModelConfig,
+    Operator,
+    Overflow,
+    Sequence,
+)
+from deepstack_pl.stacking.plan import Injection, Plan
+
+
+def build(config: ModelConfig, llm_layers: int = 12, vit_layers: int = 4) -> Plan:
+    return Plan.build(config, llm_layers=llm_layers, vit_layers=vit_layers)
+
+
+L = ModelConfig(name="deepstack_l")
+
+
+def test_defaults_are_the_published_ones() -> None:
+    assert [(i.layer, i.group) for i in build(L).injections] == [(1, 0), (2, 1), (3, 2), (4, 3)]
+
+
+def test_overflow_is_refused_with_both_numbers_and_the_remedy() -> None:
+    with pytest.raises(ValueError, match="reach layer 36") as error:
+        build(replace(L, start_layer=30, interval=2), llm_layers=32)
+    assert str(error.value) == (
+        "4 groups from layer 30, one every 2, reach layer 36, but the LLM has 32 layers. "
+        "Lower `model.start_layer`, `model.interval` or `model.groups`."
+    )
+
+
+def test_overflow_is_dropped_and_listed_only_where_the_plan_says_so() -> None:
+    plan = build(replace(L, start_layer=10, overflow=Overflow.drop))
+    assert [i.layer for i in plan.injections] == [10, 11]
+    assert [i.layer for i in plan.dropped] == [12, 13]
+    assert "dropped beyond the depth: group 3 -> llm layer 13" in plan.draw()
+
+
+def test_the_selected_feature_itself_is_a_legal_place_in_a_tower() -> None:
+    config = replace(L, host=Host.vit, start_layer=1)
+    assert [i.layer for i in build(config).injections] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="feature is read after 4 blocks, so 4 is the last place"):
+        build(replace(config, start_layer=2))
+
+
+def test_two_injections_on_one_layer_are_refused_unless_summed_on_purpose() -> None:
+    config = replace(L, injections=[InjectionConfig(group=0, layer=3)])
+    with pytest.raises(ValueError, match=r"meet on one layer.*model\.collisions=sum"):
+        build(config)
+    assert len(build(replace(config, collisions=Collisions.sum)).at(Host.llm)[3]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": 5}, "4 tiles \\(best_fit\\) deal at most 4 groups"),
+        ({"tiles": 5, "groups": 5, "grid": GridRule.square}, "5 tiles \\(square\\) deal at most 4 groups"),
+        ({"tiles": 1, "groups": 0}, "no grid of one tile"),
+        ({"tiles": -1}, "cannot be negative"),
+        ({"interval": 0}, "interval must be at least 1"),
+        ({"tiles": 0, "groups": 0, "sequence": Sequence.global_and_tiles}, "needs tiles"),
+        ({"injections": [InjectionConfig(group=4, layer=8)]}, "deal groups 0 to 3"),
+        ({"injections": [InjectionConfig(group=0, layer=12)]}, "the LLM has 12 layers \\(0 to 11\\)"),
+        ({"injections": [InjectionConfig(group=0, layer=-1)]}, "layers count from 0"),
+    ],
+)
+def test_impossible_plans_are_refused_in_a_sentence(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(replace(L, **change))
+
+
+def test_digest_follows_what_a_plan_does_not_its_name() -> None:
+    assert build(L).digest == build(replace(L, name="other")).digest
+    explicit = replace(L, groups=0, injections=[InjectionConfig(group=k, layer=k + 1) for k in range(4)])
+    assert build(L).digest == build(explicit).digest
+    assert build(L).digest != build(replace(L, start_layer=2)).digest
+    assert build(L).digest == "c29e15af53a2", "a digest is stored with every run: changing it orphans them"
+
+
+def test_a_plan_survives_its_own_dictionary() -> None:
+    plan = build(replace(L, operator=Operator.gated_add, start_layer=10, overflow=Overflow.drop))
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_groups_that_reach_no_layer_are_named() -> None:
+    plan = build(replace(L, groups=2))
+    assert plan.idle_groups == (2, 3)
+    assert "dealt but injected nowhere: groups 2, 3" in plan.draw()
+    assert build(replace(L, groups=0, sequence=Sequence.global_and_tiles)).idle_groups == ()
+
+
+def test_drawing_shows_every_injection_at_its_layer_and_an_empty_plan_says_so() -> None:
+    lines = build(L).draw().splitlines()
+    assert next(line for line in lines if "layer  3" in line).endswith("<- group 2")
+    assert sum("<-" in line for line in lines) == 4
+    assert "no injections: nothing is stacked" in build(replace(L, tiles=0, groups=0)).draw()
+
+
+def test_context_and_seen_tokens_are_the_papers() -> None:
+    assert (build(L).context_tokens(576), build(L).seen_tokens(576)) == (576, 2880)
+    string = build(replace(L, groups=0, sequence=Sequence.global_and_tiles))
+    assert (string.context_tokens(576), string.seen_tokens(576)) == (2880, 2880)
+    baseline = build(replace(L, groups=0, tiles=0))
+    assert (baseline.context_tokens(576), baseline.seen_tokens(576)) == (576, 576)
+
+
+def test_gated_injections_are_counted_per_host() -> None:
+    plan = build(replace(L, operator=Operator.gated_add, injections=[InjectionConfig(host=Host.vit, group=1, layer=2)]))
+    assert len(plan.gated(Host.llm)) == 4
+    assert plan.gated(Host.vit) == ()
+    assert plan.at(Host.vit)[2] == (Injection(Host.vit, 2, 1),)
