@@ -61,7 +61,10 @@ class DeepStackProcessor:
         Raises:
             ValueError: placeholders and images differ in number, nothing is supervised, or it is too long.
         """
-        encoded = encode(record.turns, self.template, self.tokenizer)
+        try:
+            encoded = encode(record.turns, self.template, self.tokenizer)
+        except ValueError as error:
+            raise ValueError(f"sample {record.key!r}: {error}") from error
         sample = self._sample(record, encoded.input_ids, encoded.labels)
         if bool((sample.labels == IGNORE_INDEX).all()):
             raise ValueError(f"sample {record.key!r}: no token is supervised. Give it an answer, or leave it out.")
