@@ -1,7 +1,6 @@
 """From values to a model: random, pretrained or on the meta device; and its parts by name."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -117,10 +116,11 @@ def _named(llm: LLMConfig) -> str:
 
 
 def _not_at_hand(llm: LLMConfig, error: Exception) -> ValueError:
+    name = llm.checkpoint
     return ValueError(
-        f"llm={llm.name}: the weights of {llm.checkpoint} are not at hand ({str(error).splitlines()[0]}). They come "
-        f"from the Hugging Face hub under that name: connect once (`hf download {llm.checkpoint}`), or point llm.checkpoint "
-        "at a local folder. llm.init=random builds the same architecture from the values in conf, with random weights."
+        f"llm={llm.name}: the weights of {name} are not at hand ({str(error).splitlines()[0]}). They come from the "
+        f"Hugging Face hub under that name: connect once (`hf download {name}`), or point llm.checkpoint at a local "
+        "folder. llm.init=random builds the same architecture from the values in conf, with random weights."
     )
 
 
@@ -130,8 +130,9 @@ def _checkpoint_config(llm: LLMConfig) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(_named(llm))
     except OSError as error:
         raise _not_at_hand(llm, error) from error
-    theirs: dict[str, Any] = config.to_dict()
-    differ = {k: (v, theirs[k]) for k, v in llm.architecture.items() if k in theirs and theirs[k] != v}
+    own, theirs = text_config(llm).to_dict(), config.to_dict()
+    named = [*llm.architecture, "rope_parameters"]  # transformers 5 moves rope_theta and rope_scaling in there
+    differ = {key: (own[key], theirs.get(key)) for key in named if key in own and own[key] != theirs.get(key)}
     if config.model_type != llm.family or differ:
         raise ValueError(
             f"llm={llm.name}: conf and the checkpoint {llm.checkpoint} disagree (conf, checkpoint): "

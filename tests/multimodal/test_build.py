@@ -1,0 +1,119 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from tiny import PLANS, tiny_llm, tiny_vision
+
+from deepstack_pl.language.config import LLMConfig, LLMInit
+from deepstack_pl.multimodal.build import build_model, text_config
+from deepstack_pl.multimodal.config import ProjectorConfig, ProjectorKind
+from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.vision.config import VisionConfig, VisionInit
+
+
+def build(
+    llm: LLMConfig | None = None, vision: VisionConfig | None = None, **more
+) -> DeepStackForConditionalGeneration:
+    projector = ProjectorConfig(name="p", kind=more.pop("kind", ProjectorKind.mlp2x_gelu))
+    plan = more.pop("plan", PLANS["deepstack_l"])
+    return build_model(
+        plan, llm or tiny_llm(), vision or tiny_vision(), projector, seed=0, image_token_id=63, **more
+    ).eval()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> tuple[LLMConfig, DeepStackForConditionalGeneration]:
+    source = build()
+    for parameter in source.language_model.parameters():
+        parameter.data.add_(0.5)  # weights that no random build gives
+    source.language_model.save_pretrained(tmp_path / "llm")
+    return replace(tiny_llm(), checkpoint=str(tmp_path / "llm"), init=LLMInit.pretrained), source
+
+
+def test_pretrained_llm_arrives_whole(checkpoint) -> None:
+    llm, source = checkpoint
+    loaded = build(llm)
+    for key, tensor in source.language_model.state_dict().items():
+        assert torch.equal(loaded.language_model.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_attention_heads", 2), ("rope_theta", 500.0)])
+def test_conf_and_checkpoint_that_disagree_are_refused_by_key(checkpoint, key: str, value: float) -> None:
+    llm, _ = checkpoint
+    wrong = replace(llm, architecture=llm.architecture | {key: value})
+    with pytest.raises(ValueError, match=r"conf and the checkpoint .* disagree") as error:
+        build(wrong)
+    assert str(value) in str(error.value)
+
+
+def test_weights_that_are_not_at_hand_say_where_they_come_from_and_what_to_do() -> None:
+    llm = replace(tiny_llm(), name="phi3", checkpoint="microsoft/Phi-3-mini-4k-instruct", init=LLMInit.pretrained)
+    with pytest.raises(ValueError, match="llm=phi3: the weights of microsoft/Phi-3-mini-4k-instruct are not") as error:
+        build(llm)
+    assert "Hugging Face hub" in str(error.value)
+    assert "llm.init=random builds the same architecture" in str(error.value)
+    with pytest.raises(ValueError, match=r"needs llm\.checkpoint"):
+        build(replace(llm, checkpoint=None))
+    with pytest.raises(ValueError, match=r"llm.family=llamma: no model type"):
+        text_config(replace(tiny_llm(), family="llamma"))
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> tuple[VisionConfig, open_clip.CLIP]:
+    values = tiny_vision()
+    tower = {"image_size": 16, "patch_size": 4, "width": 16, "layers": 4, "head_width": 8, "mlp_ratio": 4.0}
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 16, "quick_gelu": True, "vision_cfg": tower, "text_cfg": text}
+    (tmp_path / "tiny-clip-for-tests.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-clip-for-tests.json")
+    model = open_clip.create_model("tiny-clip-for-tests").eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    return replace(
+        values,
+        init=VisionInit.pretrained,
+        open_clip_model="tiny-clip-for-tests",
+        open_clip_weights=str(tmp_path / "weights.pt"),
+    ), model
+
+
+def test_pretrained_tower_gives_open_clips_own_hidden_states(clip) -> None:
+    vision, model = clip
+    loaded = build(vision=replace(vision, feature_layer=-1), plan=PLANS["baseline"])
+    views = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    stock = model.visual.forward_intermediates(views, indices=[3], normalize_intermediates=False)
+    expected = stock["image_intermediates"][0].flatten(2).transpose(1, 2)
+    found = loaded.vision_tower(views, torch.empty(0, 32, dtype=torch.long))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_tower_of_another_architecture_is_refused(clip) -> None:
+    vision, _ = clip
+    with pytest.raises(ValueError, match="is not the architecture written in conf/vision"):
+        build(vision=replace(vision, layers=3))
+
+
+def test_a_tower_without_weights_at_hand_says_what_to_do(clip) -> None:
+    vision, _ = clip
+    with pytest.raises(ValueError, match=r"are not at hand.*vision\.init=random"):
+        build(vision=replace(vision, open_clip_weights="nowhere.pt"))
+    with pytest.raises(ValueError, match="Name both"):
+        build(vision=replace(vision, open_clip_weights=None))
+
+
+def test_linear_projector_is_one_matrix() -> None:
+    assert {n for n, _ in build(kind=ProjectorKind.linear).projector.named_parameters()} == {"weight", "bias"}
+
+
+def test_meta_model_needs_no_checkpoint() -> None:
+    llm = replace(tiny_llm(), checkpoint="nobody/nothing", init=LLMInit.pretrained)
+    assert next(build(llm, device="meta").parameters()).is_meta
+
+
+def test_views_that_do_not_fit_and_features_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"image_size=18 is not a multiple of vision\.patch_size=4"):
+        replace(tiny_vision(), image_size=18)
+    with pytest.raises(ValueError, match=r"feature_layer=-6 names no hidden state of a tower of 4 layers"):
+        replace(tiny_vision(), feature_layer=-6)
