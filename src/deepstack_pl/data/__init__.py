@@ -1,0 +1,1 @@
+"""Files to samples: the fine print set, shards, sources and the stream."""
