@@ -1,0 +1,90 @@
+"""Validation during training: by generation, as the last evaluation will be."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import lightning
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from deepstack_pl.batch import Record
+from deepstack_pl.data.sources import Source
+from deepstack_pl.evaluation.config import EvaluationConfig
+from deepstack_pl.evaluation.runner import Results, SampleResult, evaluate
+from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.multimodal.processor import DeepStackProcessor
+
+
+class Trained(Protocol):
+    """A LightningModule of ours: rooms on one floor do not see each other."""
+
+    @property
+    def network(self) -> DeepStackForConditionalGeneration: ...
+
+
+class GenerationCallback(lightning.Callback):
+    """Evaluates ``source`` every ``config.every_steps`` optimiser steps (0: never) and logs accuracy by kind.
+
+    Attributes:
+        last_step: the step of the newest validation; -1 before the first.
+        last_results: what it found.
+        pages: a few of its samples, of every kind, for pictures: what was asked, and what came.
+    """
+
+    def __init__(
+        self, source: Source, processor: DeepStackProcessor, config: EvaluationConfig, *, pages_per_kind: int = 2
+    ) -> None:
+        if config.every_steps < 0:
+            raise ValueError(f"evaluation.every_steps={config.every_steps}: use 0 for never, or 1 and more.")
+        self.source = source
+        self.processor = processor
+        self.config = config
+        self.pages_per_kind = pages_per_kind
+        self.last_step = -1
+        self.last_results: Results | None = None
+        self.pages: list[tuple[Record, SampleResult]] = []
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Tensor | Mapping[str, Any] | None,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        step = trainer.global_step
+        if not self.config.every_steps or step % self.config.every_steps or step in (0, self.last_step):
+            return
+        self.last_step = step
+        results = evaluate(network_of(pl_module), self.processor, self.source, self.config, self.config.samples)
+        self.keep(results)
+        log_results(trainer.loggers, results, step)
+        for kind, values in results.metrics.items():
+            pl_module.log(kind, values["accuracy"], prog_bar=True, logger=False, batch_size=1)
+
+    def keep(self, results: Results) -> None:
+        """Remember ``results`` and the first samples of each kind."""
+        self.last_results = results
+        chosen = [
+            record
+            for kind in results.metrics
+            for record in [r for r in results.records if r.kind == kind][: self.pages_per_kind]
+        ]
+        self.pages = [(self.source[record.index], record) for record in chosen]
+
+
+def log_results(loggers: Iterable[Logger], results: Results, step: int, prefix: str = "val") -> None:
+    """``<prefix>/<kind>/accuracy`` and ``.../exact_match`` to every logger."""
+    values = {
+        f"{prefix}/{kind}/{name}": found[name]
+        for kind, found in results.metrics.items()
+        for name in ("accuracy", "exact_match")
+    }
+    for logger in loggers:
+        logger.log_metrics(values, step=step)
+
+
+def network_of(module: Any) -> DeepStackForConditionalGeneration:
+    """The model inside a LightningModule of ours."""
+    trained: Trained = module
+    return trained.network

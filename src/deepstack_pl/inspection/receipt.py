@@ -1,0 +1,289 @@
+"""The receipt: proof, before step 0, that every injection of the plan happens, where it should, with what it should.
+
+Each injection is tried in four ways on a synthetic batch (one row without an image, one with one, one with two):
+it lands on its own images' positions and nowhere else, from its layer on; what it adds depends on the tiles of its own
+image alone; the loss has a gradient in it, down to the pixels; leaving its group out changes the logits.
+
+An injection whose gate stands at zero adds nothing yet, rightly: its gate's own gradient is the proof, and everything
+else is tried with the gate opened for the length of a pass.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from deepstack_pl.batch import MultimodalBatch
+from deepstack_pl.inspection.probe import (
+    IMAGES,
+    Observed,
+    opened,
+    own_gates,
+    owners,
+    probe_batch,
+    quiet,
+    run,
+    with_other_tiles,
+    without_group,
+)
+from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.multimodal.processor import DeepStackProcessor
+from deepstack_pl.stacking.config import Host, Operator
+from deepstack_pl.stacking.injection import InjectionTrace
+from deepstack_pl.stacking.plan import Injection, Plan
+
+
+class ReceiptError(RuntimeError):
+    """An injection of the plan does not happen as planned."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptRow:
+    """One injection, tried.
+
+    Attributes:
+        expected: positions of the batch's images that it must touch.
+        touched: positions at which the residual stream changed (0 where its gate is closed).
+        gradient: norm of the loss's gradient in what was added; of the gate's own where that is closed.
+        logit_change: largest change of a logit when its group is left out.
+        reason: what is wrong, or worth knowing.
+    """
+
+    injection: Injection
+    expected: int
+    touched: int
+    gradient: float
+    logit_change: float
+    ok: bool
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {"expected": self.expected, "touched": self.touched, "gradient": self.gradient}
+        rest = {"logit_change": self.logit_change, "ok": self.ok, "reason": self.reason}
+        return {"injection": str(self.injection), **values, **rest}
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The record of what is injected where; ``rows`` is empty where the plan is."""
+
+    plan: Plan
+    rows: tuple[ReceiptRow, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    def require(self) -> None:
+        """Stop a run whose receipt fails.
+
+        Raises:
+            ReceiptError: names every injection that failed, and how.
+        """
+        if not self.ok:
+            failed = "\n".join(f"  {row.injection}: {row.reason}" for row in self.rows if not row.ok)
+            raise ReceiptError(f"plan {self.plan.name}: these injections do not happen as planned:\n{failed}")
+
+    def notes(self) -> list[str]:
+        """What the table does not say: an empty plan, dropped injections, idle groups."""
+        notes = [] if self.rows else ["no injections: nothing is stacked"]
+        notes += [f"dropped beyond the depth: {injection}" for injection in self.plan.dropped]
+        if self.plan.idle_groups:
+            notes.append(f"dealt but injected nowhere: groups {', '.join(map(str, self.plan.idle_groups))}")
+        return notes
+
+    def to_dict(self) -> dict[str, Any]:
+        head = {"plan": self.plan.name, "digest": self.plan.digest, "ok": self.ok}
+        return {**head, "injections": [row.to_dict() for row in self.rows], "notes": self.notes()}
+
+    def table(self) -> Table:
+        """For a terminal."""
+        table = Table(
+            title=f"receipt of plan {self.plan.name} ({self.plan.digest})", caption="\n".join(self.notes()) or None
+        )
+        columns = _COLUMNS if any(row.reason for row in self.rows) else _COLUMNS[:-1]
+        for name in columns:
+            table.add_column(name, justify="left" if name in ("injection", "note") else "right")
+        for row in self.rows:
+            table.add_row(*_cells(row)[: len(columns)], style=None if row.ok else "bold red")
+        return table
+
+    def markdown(self) -> str:
+        """For TensorBoard and reports."""
+        lines = [f"Receipt of plan {self.plan.name} ({self.plan.digest}): {'ok' if self.ok else 'FAILED'}", ""]
+        if self.rows:
+            lines += [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+            lines += [f"| {' | '.join(_cells(row))} |" for row in self.rows] + [""]
+        return "\n".join(lines + [f"- {note}" for note in self.notes()]).rstrip()
+
+
+_COLUMNS = ("injection", "expected", "touched", "gradient", "logit change", "ok", "note")
+
+
+def take_receipt(model: DeepStackForConditionalGeneration, processor: DeepStackProcessor) -> Receipt:
+    """Try every injection of ``model``'s plan. Leaves modes, gradients and random numbers as they were."""
+    if not model.plan.injections:
+        return Receipt(model.plan, ())
+    with quiet(model):
+        trial = _Trial(model, processor)
+        rows = tuple(trial.row(injection) for injection in model.plan.injections)
+        return Receipt(model.plan, rows + trial.unplanned())
+
+
+class _Trial:
+    """The passes that all injections share, and the checks of one."""
+
+    def __init__(self, model: DeepStackForConditionalGeneration, processor: DeepStackProcessor) -> None:
+        self.model, self.processor, self.plan = model, processor, model.plan
+        self.batch: MultimodalBatch = probe_batch(model, processor)
+        self.own, self.gates = own_gates(model), opened(own_gates(model))
+        self.base = run(model, self.batch, self.gates)
+        # Passes are compared bit by bit, and attention without gradients takes another path: hence two of this one.
+        self.graph = run(model, self.batch, self.gates, gradients=True)
+        self.closed = run(model, self.batch, self.own, gradients=True) if self._closed() else None
+        self.changed = [
+            run(model, self.batch, self.gates, {"views": with_other_tiles(self.batch, image)})
+            for image in range(IMAGES)
+        ]
+
+    def row(self, injection: Injection) -> ReceiptRow:
+        trace = _trace(self.base, injection)
+        if trace is None:
+            return ReceiptRow(injection, 0, 0, 0.0, 0.0, False, "it left no record: no hook ran where it should")
+        ids, per_view = self.processor.image_token_id, self.processor.tokens_per_view
+        owner = owners(self.batch, injection, trace.touched, ids, per_view)
+        gradient, flow = self._gradient(injection, owner)
+        zeroed = run(self.model, self.batch, self.gates, self._without(injection))
+        change = float((zeroed.logits.float() - self.base.logits.float()).abs().max())
+        faults = [
+            _landing(trace.touched, owner),
+            self._dependence(injection, owner),
+            flow,
+            self._layer(injection, zeroed),
+            "" if change else "leaving its group out does not change a single logit",
+        ]
+        touched, notes = int(trace.touched.sum()), self._sharing(injection)
+        if self.closed is not None and self._is_closed(injection):
+            gradient, touched, closed_faults = self._through_gate(injection, self.closed)
+            faults += closed_faults
+            notes.append("gate closed: proven by its own gradient, and with the gate opened")
+        wrong = [fault for fault in faults if fault]
+        reason = "; ".join(wrong or notes)
+        return ReceiptRow(injection, int((owner >= 0).sum()), touched, gradient, change, not wrong, reason)
+
+    def unplanned(self) -> tuple[ReceiptRow, ...]:
+        """Injections that happened without being in the plan, or more often than there."""
+        seen = [trace.injection for trace in self.base.traces]
+        extra = [i for n, i in enumerate(seen) if i not in self.plan.injections or i in seen[:n]]
+        return tuple(ReceiptRow(i, 0, 0, 0.0, 0.0, False, "it happened, but the plan does not say so") for i in extra)
+
+    def _gradient(self, injection: Injection, owner: Tensor) -> tuple[float, str]:
+        """Norm of d(loss)/d(added), and what is wrong with it."""
+        trace = _trace(self.graph, injection)
+        if trace is None:
+            return 0.0, "it left a record in one pass and none in another"
+        stopped = "no gradient flows from what it adds back to the pixels: its features are detached"
+        if not trace.added.requires_grad:
+            return 0.0, stopped
+        (gradient,) = torch.autograd.grad(self.graph.loss, trace.added, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            return 0.0, "the loss does not depend on what it adds"
+        norms = [float(gradient[owner == image].float().norm()) for image in range(IMAGES)]
+        if not all(norms):
+            return float(gradient.float().norm()), f"the loss has no gradient at image {norms.index(0.0)}'s positions"
+        (pixels,) = torch.autograd.grad(
+            trace.added, self.graph.views, grad_outputs=gradient, retain_graph=True, allow_unused=True
+        )
+        flows = pixels is not None and bool(pixels.any())
+        return float(gradient.float().norm()), "" if flows else stopped
+
+    def _through_gate(self, injection: Injection, closed: Observed) -> tuple[float, int, list[str]]:
+        """A closed gate: norm of its own gradient, positions touched in spite of it, and what is wrong."""
+        name, place = self._gate(injection)
+        (gradients,) = torch.autograd.grad(closed.loss, closed.gates[name], retain_graph=True, allow_unused=True)
+        gradient = 0.0 if gradients is None else float(gradients[place].abs())
+        trace = _trace(closed, injection)
+        touched = int(trace.touched.sum()) if trace is not None else 0
+        return (
+            gradient,
+            touched,
+            [
+                "" if gradient else "its gate is closed and has no gradient: it would never open",
+                f"its gate is closed, and yet it touches {touched} positions" if touched else "",
+            ],
+        )
+
+    def _dependence(self, injection: Injection, owner: Tensor) -> str:
+        """Changing one image's tiles changes what is added at that image's positions, and nowhere else."""
+        before = _trace(self.base, injection)
+        for image, observed in enumerate(self.changed):
+            after = _trace(observed, injection)
+            if before is None or after is None:
+                return "it left a record in one pass and none in another"
+            differs = (after.added != before.added).any(-1)
+            if bool((differs & (owner != image)).any()):
+                return f"what it adds outside image {image}'s positions changes with that image's tiles: wrong image"
+            if not bool((differs & (owner == image)).any()):
+                return (
+                    f"what it adds at image {image}'s positions does not depend on that image's tiles: wrong features"
+                )
+        return ""
+
+    def _layer(self, injection: Injection, zeroed: Observed) -> str:
+        """The first layer whose output differs without the group is the one it is injected before."""
+        before, after = self.base.layers, zeroed.layers
+        layers = [
+            layer for host, layer in before if host is injection.host and before[host, layer] != after[host, layer]
+        ]
+        first = min(layers, default=None)
+        planned: int | None = min(i.layer for i in self._sharers(injection))
+        if injection.host is Host.vit and planned == self.plan.vit_layers:
+            planned = None  # the selected feature itself: no block comes after
+        return "" if first == planned else f"it takes effect at {_named(first)}, not at {_named(planned)}"
+
+    def _without(self, injection: Injection) -> dict[str, Tensor]:
+        return without_group(self.batch, injection, self.plan.groups(injection.host))
+
+    def _sharers(self, injection: Injection) -> list[Injection]:
+        """Injections of the same group into the same host: they are left out together."""
+        return [i for i in self.plan.injections if (i.host, i.group) == (injection.host, injection.group)]
+
+    def _sharing(self, injection: Injection) -> list[str]:
+        others = [str(i.layer) for i in self._sharers(injection) if i != injection]
+        return [f"left out together with layer {', '.join(others)}, which shares its group"] if others else []
+
+    def _gate(self, injection: Injection) -> tuple[str, int]:
+        return f"gates.{injection.host.value}", self.plan.gated(injection.host).index(injection)
+
+    def _is_closed(self, injection: Injection) -> bool:
+        if injection.operator is not Operator.gated_add:
+            return False
+        name, place = self._gate(injection)
+        return float(self.own[name][place]) == 0
+
+    def _closed(self) -> bool:
+        return any(self._is_closed(injection) for injection in self.plan.injections)
+
+
+def _trace(observed: Observed, injection: Injection) -> InjectionTrace | None:
+    return next((trace for trace in observed.traces if trace.injection == injection), None)
+
+
+def _landing(touched: Tensor, owner: Tensor) -> str:
+    stray, missed = int((touched & (owner < 0)).sum()), int((~touched & (owner >= 0)).sum())
+    if not stray and not missed:
+        return ""
+    return (
+        f"it misses {missed} of its images' {int((owner >= 0).sum())} positions and touches {stray} that are not theirs"
+    )
+
+
+def _named(layer: int | None) -> str:
+    return "no layer" if layer is None else f"layer {layer}"
+
+
+def _cells(row: ReceiptRow) -> list[str]:
+    numbers = [f"{row.expected}", f"{row.touched}", f"{row.gradient:.3g}", f"{row.logit_change:.3g}"]
+    return [str(row.injection), *numbers, "yes" if row.ok else "NO", row.reason]

@@ -1,0 +1,1 @@
+"""The Lightning floor: module, datamodule, optimiser groups, guards."""

@@ -1,0 +1,93 @@
+"""The first step, watched: gradients where training was promised, not one changed bit where freezing was."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deepstack_pl.multimodal.build import parts
+from deepstack_pl.training.module import DeepStackModule
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class FirstStepGuard(lightning.Callback):
+    """Stops a run whose stage is not what the optimiser does.
+
+    Before the first optimiser step: no trainable parameter's gradient is None. Around the first step with a learning
+    rate above zero: frozen parameters are bit-identical, and each trained part has changed.
+
+    Attributes:
+        done: both checks have passed; from then on the guard costs nothing.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self._gradients_seen = False
+        self._before: dict[str, Tensor] = {}
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self.done:
+            return
+        assert isinstance(pl_module, DeepStackModule)
+        named = list(pl_module.network.named_parameters())
+        if not self._gradients_seen:
+            missing = [name for name, p in named if p.requires_grad and p.grad is None]
+            if missing:
+                raise RuntimeError(
+                    f"{len(missing)} trainable parameters have no gradient after the first backward pass: "
+                    f"{_some(missing)}. Freeze them in the stage, or connect them to the loss."
+                )
+            self._gradients_seen = True
+        if any(group["lr"] > 0 for group in optimizer.param_groups):
+            self._before = digests(named)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Tensor | Mapping[str, Any] | None,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self.done or not self._before:
+            return
+        assert isinstance(pl_module, DeepStackModule)
+        changed = self._changed(pl_module)
+        if not changed and trainer.scaler is not None:
+            self._before = {}  # fp16's loss scaler left this step out: look at the next one
+            return
+        by_part = parts(pl_module.network)
+        frozen = [name for named in by_part.values() for name, p in named if not p.requires_grad and name in changed]
+        if frozen:
+            raise RuntimeError(
+                f"{len(frozen)} frozen parameters changed in the first step with a learning rate above zero: "
+                f"{_some(frozen)}. Something other than the optimiser's groups writes to them."
+            )
+        for part, named in by_part.items():
+            trained = [name for name, p in named if p.requires_grad]
+            if trained and not changed.intersection(trained):
+                raise RuntimeError(
+                    f"no parameter of the trained part {part!r} changed in the first step with a learning rate above "
+                    f"zero: {_some(trained)}. Its gradient or its learning rate is zero."
+                )
+        self.done, self._before = True, {}
+
+    def _changed(self, module: DeepStackModule) -> set[str]:
+        after = digests(module.network.named_parameters())
+        equal = torch.stack([self._before[name] == value for name, value in after.items()]).tolist()
+        return {name for name, same in zip(after, equal, strict=True) if not same}
+
+
+def digests(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """One integer for each parameter, on its device: the sum of its bit patterns, so that any one changed bit shows."""
+    return {name: p.detach().view(_INTEGERS[p.element_size()]).sum(dtype=torch.int64) for name, p in named}
+
+
+def _some(names: list[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -1,0 +1,86 @@
+"""The three verbs of training: build the model, take a step, set up the optimiser. Nothing else lives here."""
+
+from collections.abc import Callable
+from math import ceil
+
+import lightning
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from transformers import get_cosine_schedule_with_warmup
+
+from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch
+from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.training.config import OptimConfig, StageConfig
+from deepstack_pl.training.parts import PartsTable, apply_stage, optimizer_groups
+
+
+class DeepStackModule(lightning.LightningModule):
+    """Trains the model that ``build`` returns, as ``stage`` and ``optim`` say, for ``max_steps`` optimiser steps.
+
+    Attributes:
+        model: None until `configure_model` has run.
+        parts: the trainable-parts table, from then on.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], DeepStackForConditionalGeneration],
+        stage: StageConfig,
+        optim: OptimConfig,
+        max_steps: int,
+    ) -> None:
+        super().__init__()
+        if max_steps < 1:
+            raise ValueError(
+                f"trainer.max_steps={max_steps}: the learning rate's decay needs a last step. Give 1 or more."
+            )
+        if not 0 <= optim.warmup_ratio < 1:
+            raise ValueError(
+                f"optim.warmup_ratio={optim.warmup_ratio} is the share of steps that warm up: use 0 up to, not with, 1."
+            )
+        self.build = build
+        self.stage = stage
+        self.optim = optim
+        self.max_steps = max_steps
+        self.model: DeepStackForConditionalGeneration | None = None
+        self.parts: PartsTable | None = None
+
+    def configure_model(self) -> None:
+        """Build and freeze, once: Lightning calls this for every fit, test and load."""
+        if self.model is not None:
+            return
+        model = self.build()
+        self.parts = apply_stage(model, self.stage)
+        self.model = model.train()
+
+    @property
+    def network(self) -> DeepStackForConditionalGeneration:
+        """The model, built."""
+        assert self.model is not None, "configure_model has not run"
+        return self.model
+
+    def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
+        loss = self.network(**batch.model_inputs(), use_cache=False).loss
+        samples = len(batch.keys)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=samples)
+        supervised = (batch.labels[:, 1:] != IGNORE_INDEX).sum()
+        values = {"train/loss": loss.detach(), "train/supervised_tokens": supervised.float(), **self._rates()}
+        self.log_dict(values, batch_size=samples)
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW by part and weight decay; linear warm-up and cosine decay from each part's own peak."""
+        optimizer = torch.optim.AdamW(
+            optimizer_groups(self.network, self.stage, self.optim.weight_decay),
+            betas=(self.optim.betas[0], self.optim.betas[1]),
+            eps=self.optim.eps,
+        )
+        warm_up = ceil(self.max_steps * self.optim.warmup_ratio)
+        schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, self.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rates(self) -> dict[str, float]:
+        """The learning rate of each part in this step."""
+        (optimizer,) = self.trainer.optimizers
+        return {f"lr/{group['part']}": float(group["lr"]) for group in optimizer.param_groups}

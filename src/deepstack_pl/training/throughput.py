@@ -1,0 +1,113 @@
+"""How fast training goes, and how much of the time it waits for data.
+
+Lightning's ThroughputMonitor does neither half of what is wanted here: it knows no waiting for data, counts whatever a
+callback does between steps (generation, checkpoints) as training time, and warns where the module counts no FLOPs.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import lightning
+from torch import Tensor
+
+from deepstack_pl.batch import MultimodalBatch
+
+
+class TimedLoader:
+    """A loader that counts the seconds its consumer waits.
+
+    Its length is that of the whole run, what came before a resume included: so counts Lightning, which would begin the
+    loader anew at the end of a shorter one.
+
+    Attributes:
+        waited: seconds spent in ``next``, since it was made.
+    """
+
+    def __init__(self, loader: Iterable[MultimodalBatch], length: int) -> None:
+        self.loader = loader
+        self.length = length
+        self.waited = 0.0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def close(self) -> None:
+        """Let go of the loader, whose workers end with it."""
+        self.loader = ()
+
+    def __iter__(self) -> Iterator[MultimodalBatch]:
+        batches = iter(self.loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+
+class Throughput(lightning.Callback):
+    """Logs, over windows of ``every_steps`` batches of this process: tokens (that are no padding) and samples a second,
+    seconds a step, and the share of time spent waiting for data.
+
+    Time is that of steps and of waiting; what callbacks do between steps does not count. On an accelerator waiting
+    overlaps with computing, so that the share is an upper bound.
+
+    Attributes:
+        last: the newest window's values, by their logged names.
+    """
+
+    def __init__(self, every_steps: int = 10) -> None:
+        if every_steps < 1:
+            raise ValueError(f"every_steps={every_steps}: a window holds at least one step.")
+        self.every_steps = every_steps
+        self.last: dict[str, float] = {}
+        self._tokens: Tensor | None = None  # summed on the device: reading it every step would wait for the device
+        self._samples = self._steps = 0
+        self._seconds = self._waited_before = self._start = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._waited_before = 0.0
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: MultimodalBatch, batch_idx: int
+    ) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Tensor | Mapping[str, Any] | None,
+        batch: MultimodalBatch,
+        batch_idx: int,
+    ) -> None:
+        tokens = batch.attention_mask.sum()
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
+        self._samples += len(batch.keys)
+        self._steps += 1
+        if self._steps < self.every_steps:
+            self._seconds += time.perf_counter() - self._start
+            return
+        count = int(self._tokens)  # waits for the device, so that the clock is read after the work is done
+        self._seconds += time.perf_counter() - self._start
+        self._report(trainer, pl_module, count)
+
+    def _report(self, trainer: lightning.Trainer, module: lightning.LightningModule, tokens: int) -> None:
+        loader = trainer.train_dataloader
+        waited = loader.waited - self._waited_before if isinstance(loader, TimedLoader) else 0.0
+        total = self._seconds + waited
+        self.last = {
+            "speed/tokens_per_second": tokens / total,
+            "speed/samples_per_second": self._samples / total,
+            "speed/step_seconds": self._seconds / self._steps,
+        }
+        shown = {"tok/s": self.last["speed/tokens_per_second"]}
+        if isinstance(loader, TimedLoader):
+            self._waited_before = loader.waited
+            self.last["speed/data_wait_share"] = shown["wait"] = waited / total
+        for logger in trainer.loggers:  # not through the module: Lightning would drop what falls between its own steps
+            logger.log_metrics(self.last, step=trainer.global_step)
+        module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+        self._tokens, self._samples, self._steps, self._seconds = None, 0, 0, 0.0

@@ -1,0 +1,106 @@
+"""A run small enough for tests of training, evaluation and inspection: two-colour pages, tiny networks, no files."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+from PIL import Image
+
+from deepstack_pl.batch import Record, Role, Turn
+from deepstack_pl.language.config import LLMConfig
+from deepstack_pl.language.conversation import load_tokenizer
+from deepstack_pl.multimodal.build import build_model
+from deepstack_pl.multimodal.config import ProjectorConfig, build_plan
+from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.multimodal.processor import DeepStackProcessor
+from deepstack_pl.stacking.config import ModelConfig
+from deepstack_pl.training.config import OptimConfig, PartConfig, StageConfig
+from deepstack_pl.training.module import DeepStackModule
+from deepstack_pl.vision.config import VisionConfig
+
+TOKENIZER = load_tokenizer(None)
+COLOURS = {"red": (200, 30, 30), "teal": (20, 130, 130), "gold": (220, 180, 20), "navy": (10, 20, 110)}
+VISION = VisionConfig(name="tiny", image_size=16, patch_size=4, width=16, layers=4, heads=2, mlp_ratio=2.0)
+LLM = LLMConfig(
+    name="tiny",
+    family="llama",
+    max_length=256,
+    architecture={
+        "vocab_size": len(TOKENIZER),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    },
+)
+STACKED = ModelConfig(name="deepstack_l", start_layer=1)
+SCRATCH = StageConfig(name="scratch")
+FROZEN = PartConfig(trained=False)
+PRETRAIN = StageConfig(name="pretrain", vision=FROZEN, llm=FROZEN)
+
+
+def small_model(
+    plan: ModelConfig = STACKED, llm: LLMConfig = LLM, device: str = "cpu"
+) -> DeepStackForConditionalGeneration:
+    image = TOKENIZER.convert_tokens_to_ids("<image>")
+    assert isinstance(image, int)
+    projector = ProjectorConfig(name="mlp")
+    return build_model(plan, llm, VISION, projector, seed=0, image_token_id=image, device=device)
+
+
+def small_processor(plan: ModelConfig = STACKED) -> DeepStackProcessor:
+    built = build_plan(plan, LLM, VISION)
+    return DeepStackProcessor(TOKENIZER, plan=built, vision=VISION, template="shipped", max_length=LLM.max_length)
+
+
+def small_module(
+    plan: ModelConfig = STACKED, stage: StageConfig = SCRATCH, steps: int = 4, **optim: Any
+) -> DeepStackModule:
+    return DeepStackModule(partial(small_model, plan), stage, OptimConfig(name="adamw", **optim), steps)
+
+
+@dataclass
+class Pages:
+    """A source of pages in two colours, left and right; every third asks about the left one alone."""
+
+    count: int = 12
+    fingerprint: str = "two colours"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Record:
+        names = list(COLOURS)
+        left, right = names[index % 4], names[(index // 4 + index) % 4]
+        page = Image.new("RGB", (32, 32), COLOURS[left])
+        page.paste(COLOURS[right], (16, 0, 32, 32))
+        short = index % 3 == 2
+        facts = (left,) if short else (left, right)
+        return Record(
+            key=f"page {index}",
+            turns=(Turn(Role.user, "<image>Which colours?"), Turn(Role.assistant, " ".join(facts))),
+            images=(page,),
+            kind="short" if short else "long",
+            facts=facts,
+        )
+
+    def describe(self) -> str:
+        return f"{self.count} pages in two colours"
+
+
+def small_trainer(folder: Path, steps: int = 4, **more: Any) -> lightning.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    return lightning.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+        log_every_n_steps=1,
+        gradient_clip_val=1.0,
+        **{**quiet, **more},
+    )

@@ -1,0 +1,163 @@
+"""Where a run goes on: the datamodule's one integer, the checkpoint around it, and Ctrl-C."""
+
+import os
+import signal
+import threading
+
+import lightning
+import pytest
+import torch
+from small_run import Pages, small_model, small_module, small_processor, small_trainer
+
+from deepstack_pl.data.config import DataConfig
+from deepstack_pl.training.checkpoint import RunCheckpoint
+from deepstack_pl.training.datamodule import DeepStackDataModule
+from deepstack_pl.training.interrupt import GracefulStop
+
+
+class Keys(lightning.Callback):
+    """Which samples each step trained on; ``then`` is called with each step's number once it is done."""
+
+    def __init__(self, then=lambda step: None):
+        self.seen, self.then = [], then
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(batch.keys)
+        self.then(trainer.global_step)
+
+
+def data(steps=6, workers=0, seed=0, batch_size=4, pages=None):
+    config = DataConfig(name="x", batch_size=batch_size, workers=workers)
+    return DeepStackDataModule(pages or Pages(), Pages(4), small_processor(), config, seed, steps)
+
+
+def fit(folder, *callbacks, steps=6, resume=None, datamodule=None, **more):
+    module = small_module(steps=steps)
+    trainer = small_trainer(folder, steps, callbacks=list(callbacks), enable_checkpointing=True, **more)
+    trainer.fit(module, datamodule=datamodule or data(steps), ckpt_path=resume, weights_only=True)
+    return module, trainer
+
+
+def interrupt_after(step, stop=None):
+    return Keys(lambda now: os.kill(os.getpid(), signal.SIGINT) if now == step else None)
+
+
+def test_ctrl_c_ends_after_the_step_with_a_checkpoint_and_fit_returns(tmp_path):
+    stop, before = GracefulStop(), signal.getsignal(signal.SIGINT)
+    _, trainer = fit(tmp_path, interrupt_after(3), stop, RunCheckpoint(tmp_path, every_steps=100))
+    assert stop.interrupted
+    assert trainer.global_step == 3
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_raises_at_once():
+    stop, before = GracefulStop(), signal.getsignal(signal.SIGINT)
+    stop.on_train_start(None, None)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.interrupted
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        stop.teardown(None, None, "fit")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_handler_is_restored_when_training_fails(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+
+    def fail(step):
+        raise RuntimeError("as arranged")
+
+    with pytest.raises(RuntimeError, match="as arranged"):
+        fit(tmp_path, Keys(fail), GracefulStop())
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_off_the_main_thread_ctrl_c_says_that_it_cannot_help():
+    stop = GracefulStop()
+    caught = []
+
+    def enter():
+        with pytest.warns(UserWarning, match="main thread only"):
+            stop.on_train_start(None, None)
+        caught.append(True)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert caught == [True]
+
+
+def test_ctrl_c_inside_an_accumulation_waits_for_its_end(tmp_path):
+    stop, checkpoint = GracefulStop(), RunCheckpoint(tmp_path)
+    keys = Keys()
+    keys.then = lambda now: os.kill(os.getpid(), signal.SIGINT) if len(keys.seen) == 3 else None
+    _, trainer = fit(tmp_path, keys, stop, checkpoint, steps=6, accumulate_grad_batches=2, datamodule=data(6))
+    assert (trainer.global_step, len(keys.seen)) == (2, 4)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["DeepStackDataModule"]["step"] == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(tmp_path, workers):
+    whole = Keys()
+    straight, _ = fit(tmp_path / "a", whole, datamodule=data(workers=workers))
+    first, second = interrupt_after(2), Keys()
+    fit(tmp_path / "b", first, GracefulStop(), RunCheckpoint(tmp_path / "b"), datamodule=data(workers=workers))
+    resumed, trainer = fit(
+        tmp_path / "b",
+        second,
+        RunCheckpoint(tmp_path / "b"),
+        resume=tmp_path / "b" / "last.ckpt",
+        datamodule=data(workers=workers),
+    )
+    assert trainer.global_step == 6
+    assert first.seen + second.seen == whole.seen
+    for (name, a), b in zip(straight.network.named_parameters(), resumed.network.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_position_counts_what_was_trained_and_not_what_was_fetched(tmp_path):
+    fit(tmp_path, interrupt_after(2), GracefulStop(), RunCheckpoint(tmp_path), datamodule=data(workers=1))
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["DeepStackDataModule"]
+    assert state == {"step": 2, "fingerprint": "two colours", "seed": 0, "batch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"seed": 1}, r"seed=0, this run has 1.*init_from"),
+        ({"batch_size": 2}, r"data\.batch_size=4, this run has 2"),
+        ({"pages": Pages(fingerprint="else")}, r"data fingerprint=two colours, this run has else"),
+    ],
+    ids=["seed", "batch_size", "fingerprint"],
+)
+def test_going_on_with_another_order_of_samples_is_refused(other, message):
+    with pytest.raises(ValueError, match=message):
+        data(**other).load_state_dict(data().state_dict())
+
+
+def test_the_last_checkpoint_is_of_the_last_step_whatever_the_interval(tmp_path):
+    fit(tmp_path, RunCheckpoint(tmp_path, every_steps=4))
+    assert [p.name for p in tmp_path.glob("*.ckpt")] == ["last.ckpt"]
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 6
+    names = {f"model.{name}" for name in small_model().state_dict()}
+    assert set(saved["state_dict"]) == names
+
+
+def test_an_exception_is_saved_beside_the_last_good_checkpoint(tmp_path):
+    def fail(step):
+        if step == 5:
+            raise RuntimeError("as arranged")
+
+    with pytest.raises(RuntimeError, match="as arranged"):
+        fit(tmp_path, Keys(fail), RunCheckpoint(tmp_path, every_steps=2))
+    steps = {p.name: torch.load(p, weights_only=True)["global_step"] for p in tmp_path.glob("*.ckpt")}
+    assert steps == {"last.ckpt": 4, "exception.ckpt": 5}
+
+
+def test_a_checkpoint_every_zero_steps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="every_steps=0"):
+        RunCheckpoint(tmp_path, every_steps=0)

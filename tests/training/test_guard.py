@@ -1,0 +1,72 @@
+"""The first step's guard: what it lets pass and what it stops."""
+
+import lightning
+import pytest
+import torch
+from small_run import PRETRAIN, Pages, small_module, small_processor, small_trainer
+from torch import nn
+
+from deepstack_pl.data.config import DataConfig
+from deepstack_pl.training.datamodule import DeepStackDataModule
+from deepstack_pl.training.guard import FirstStepGuard, digests
+
+
+class Meddler(lightning.Callback):
+    """Does something to the model, or to the optimiser, just before it steps."""
+
+    def __init__(self, deed):
+        self.deed = deed
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.deed(pl_module.network, optimizer)
+
+
+def fit(folder, module, *callbacks):
+    data = DeepStackDataModule(
+        Pages(), Pages(4), small_processor(), DataConfig(name="x", batch_size=4, workers=0), 0, 4
+    )
+    small_trainer(folder, callbacks=list(callbacks)).fit(module, datamodule=data)
+
+
+@pytest.mark.parametrize("stage", [PRETRAIN], ids=["pretrain"])
+@pytest.mark.parametrize("warm_up", [0.0, 0.5])
+def test_a_sound_run_passes_at_the_first_step_that_moves(tmp_path, stage, warm_up):
+    guard = FirstStepGuard()
+    fit(tmp_path, small_module(stage=stage, warmup_ratio=warm_up), guard)
+    assert guard.done
+
+
+def test_a_trainable_parameter_without_a_gradient_is_named(tmp_path):
+    module = small_module()
+    module.configure_model()
+    module.network.projector.register_parameter("stray", nn.Parameter(torch.zeros(3)))
+    with pytest.raises(RuntimeError, match=r"1 trainable parameters have no gradient.*: projector\.stray\. Freeze"):
+        fit(tmp_path, module, FirstStepGuard())
+
+
+def test_a_frozen_parameter_that_changes_is_named(tmp_path):
+    def write(model, optimizer):
+        with torch.no_grad():
+            model.language_model.lm_head.weight[3, 3] += 1e-3
+
+    with pytest.raises(RuntimeError, match=r"1 frozen parameters changed.*language_model\.lm_head\.weight"):
+        fit(tmp_path, small_module(stage=PRETRAIN, warmup_ratio=0.0), FirstStepGuard(), Meddler(write))
+
+
+def test_a_trained_part_that_stands_still_is_named(tmp_path):
+    def stop(model, optimizer):
+        for group in optimizer.param_groups:
+            group["lr"] *= group["part"] != "llm"
+
+    with pytest.raises(RuntimeError, match="no parameter of the trained part 'llm' changed"):
+        fit(tmp_path, small_module(warmup_ratio=0.0), FirstStepGuard(), Meddler(stop))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_one_changed_bit_changes_the_digest(dtype):
+    before = nn.Parameter(torch.randn(5, 7, dtype=dtype))
+    after = nn.Parameter(before.detach().clone())
+    assert digests([("w", before)])["w"] == digests([("w", after)])["w"]
+    with torch.no_grad():
+        after[4, 6] = torch.nextafter(after[4, 6], after.new_tensor(9.0))
+    assert digests([("w", before)])["w"] != digests([("w", after)])["w"]

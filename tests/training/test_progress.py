@@ -1,0 +1,102 @@
+"""Speed, and what a person watches."""
+
+import time
+
+import lightning
+import pytest
+from small_run import Pages, small_module, small_processor, small_trainer
+
+from deepstack_pl.data.config import DataConfig
+from deepstack_pl.training.datamodule import DeepStackDataModule
+from deepstack_pl.training.progress import LogLine, TrainingBar, progress
+from deepstack_pl.training.throughput import Throughput, TimedLoader
+
+
+class Sleeper(lightning.Callback):
+    """Spends time between steps, as validation does."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        time.sleep(0.2)
+
+
+class SlowPages(Pages):
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return super().__getitem__(index)
+
+
+def fit(folder, *callbacks, pages=None, steps=4, **more):
+    config = DataConfig(name="x", batch_size=3, workers=0)
+    data = DeepStackDataModule(pages or Pages(), Pages(4), small_processor(), config, 0, steps)
+    trainer = small_trainer(folder, steps, callbacks=list(callbacks), **more)
+    trainer.fit(small_module(steps=steps), datamodule=data)
+    return trainer
+
+
+def test_a_loader_counts_only_the_time_that_its_consumer_waits():
+    def slow():
+        for number in range(3):
+            time.sleep(0.02)
+            yield number
+
+    loader = TimedLoader(slow(), length=3)
+    seen = []
+    for number in loader:
+        time.sleep(0.05)
+        seen.append(number)
+    assert seen == [0, 1, 2]
+    assert len(loader) == 3
+    assert 0.05 < loader.waited < 0.12
+
+
+def test_tokens_are_those_that_are_no_padding(tmp_path):
+    speed = Throughput(every_steps=2)
+    fit(tmp_path, speed, steps=2)
+    processor, pages = small_processor(), Pages()
+    lengths = [len(processor.prepare(pages[i]).input_ids) for i in range(len(pages))]
+    per_sample = speed.last["speed/tokens_per_second"] / speed.last["speed/samples_per_second"]
+    assert min(lengths) <= per_sample <= max(lengths)
+
+
+def test_time_between_steps_is_no_training_time(tmp_path):
+    speed = Throughput(every_steps=4)
+    fit(tmp_path, speed, Sleeper())
+    assert speed.last["speed/step_seconds"] < 0.2
+
+
+def test_waiting_for_data_is_a_share_of_the_time(tmp_path):
+    fast, slow = Throughput(every_steps=4), Throughput(every_steps=4)
+    fit(tmp_path, fast)
+    fit(tmp_path, slow, pages=SlowPages())
+    assert 0 <= fast.last["speed/data_wait_share"] < slow.last["speed/data_wait_share"] < 1
+
+
+def test_a_log_line_shows_where_the_run_stands(tmp_path, capsys):
+    fit(tmp_path, Throughput(every_steps=1), LogLine(every_steps=3), steps=7, enable_progress_bar=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/7", "3/7", "6/7"]
+    for line in lines[1:]:
+        assert all(word in line for word in ("loss", "tok/s", "wait", "left 0:00:"))
+        assert "v_num" not in line
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert isinstance(progress(), TrainingBar)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
+    assert isinstance(progress(5), LogLine)
+
+
+def test_the_bar_runs(tmp_path):
+    trainer = fit(tmp_path, TrainingBar(), Throughput(every_steps=1), enable_progress_bar=True)
+    bar = trainer.progress_bar_callback
+    assert isinstance(bar, TrainingBar)
+    numbers = bar.get_metrics(trainer, trainer.lightning_module)
+    assert set(numbers) == {"loss", "tok/s", "wait"}
+    assert str(numbers["wait"]).endswith("%")
+
+
+@pytest.mark.parametrize("make", [Throughput, LogLine])
+def test_windows_of_no_steps_are_refused(make):
+    with pytest.raises(ValueError, match="every_steps=0"):
+        make(0)
