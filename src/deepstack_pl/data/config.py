@@ -22,7 +22,7 @@ class FinePrintConfig:
     view_size: int = 32  # side of a view in pixels: what the global view shows the page at
     cells: int = 4  # cells a side; a page holds cells**2 coarse and cells**2 fine facts
     weaves: int = 4  # fine classes in use
-    contrast: float = 26.0  # how far a thread of the enlarged image is from its swatch's colour, 8-bit levels
+    contrast: float = 69.0  # how far the page's deepest thread is from its swatch's colour, 8-bit levels
     flips: float = 0.0  # share of swatches with light and dark threads swapped; at 0.5 no linear reader sees a weave
     noise: float = 2.0  # paper grain, standard deviation in 8-bit levels
 
@@ -40,9 +40,9 @@ class FinePrintConfig:
             )
         if not 2 <= self.weaves <= 4:
             raise ValueError(f"{at}.weaves={self.weaves}: use 2 to 4 (plain, rows, columns, check).")
-        if not 0 < self.contrast <= 26:
+        if not 0 < self.contrast <= 69:
             raise ValueError(
-                f"{at}.contrast={self.contrast}: use more than 0 and at most 26 levels; deeper threads would be "
+                f"{at}.contrast={self.contrast}: use more than 0 and at most 69 levels; deeper threads would be "
                 "clipped on the page, and clipped threads show in the global view."
             )
         if not 0 <= self.flips <= 0.5:

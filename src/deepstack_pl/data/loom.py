@@ -18,16 +18,17 @@ from PIL import Image
 
 from deepstack_pl.data.config import FinePrintConfig
 
-# Dyes leave room for threads 70 levels lighter and darker: a clipped thread would be visible in the global view.
+# Dyes leave room for threads 69 levels lighter and darker, cloth and grain on top: a clipped thread would be visible
+# in the global view.
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (180, 74, 76),
-    "orange": (181, 118, 74),
-    "yellow": (181, 173, 76),
-    "green": (78, 144, 84),
-    "teal": (74, 168, 174),
-    "blue": (74, 96, 180),
-    "purple": (138, 74, 170),
-    "pink": (181, 128, 160),
+    "red": (171, 84, 85),
+    "orange": (171, 120, 84),
+    "yellow": (171, 165, 85),
+    "green": (87, 141, 92),
+    "teal": (84, 161, 166),
+    "blue": (84, 102, 171),
+    "purple": (136, 84, 162),
+    "pink": (171, 128, 154),
 }
 WEAVES = ("plain", "rows", "columns", "check")
 PAPER = (234, 225, 204)
@@ -98,18 +99,13 @@ class Loom:
         return fibres[starts[:, None] + np.arange(self.size)]
 
     def _patterns(self) -> Float32[ndarray, "w c c"]:
-        """One cell of every weave, scaled to ``contrast`` levels in the middle of the enlarged swatch."""
-        enlarge = resize_matrix(self.size, 2 * self.config.view_size)
+        """One cell of every weave, its deepest thread ``contrast`` levels from the swatch's colour."""
         window = _window(self.cell)
         threads = self._threads(window)
-        first = slice(self.cell // PAGE_PIXELS // 4, -(self.cell // PAGE_PIXELS // 4))
-        seen = np.sqrt(np.mean((enlarge[: self.cell // PAGE_PIXELS, : self.cell] @ threads)[first] ** 2))
-        plain = np.zeros((self.cell, self.cell))
-        rows = np.outer(threads, window) / seen
-        patterns = np.stack([plain, rows, rows.T, np.outer(threads, threads) / seen**2]) * self.config.contrast
-        deepest = np.abs(patterns).max()  # the config's largest contrast fits every size
-        assert deepest <= HEADROOM, f"threads {deepest:.0f} levels deep, dyes leave {HEADROOM}"
-        return patterns.astype(np.float32)
+        rows = np.outer(threads, window)
+        woven = [pattern / np.abs(pattern).max() for pattern in (rows, rows.T, np.outer(threads, threads))]
+        assert self.config.contrast + 9 <= HEADROOM, f"dyes leave {HEADROOM} levels for threads, cloth and grain"
+        return np.stack([np.zeros_like(rows), *woven]).astype(np.float32) * np.float32(self.config.contrast)
 
     def _threads(self, window: Float[ndarray, " c"]) -> Float[ndarray, " c"]:
         """Light and dark threads in turn, fading out with ``window``, that the global view cannot see.
