@@ -1,0 +1,1 @@
+"""Assemble a run and start it."""

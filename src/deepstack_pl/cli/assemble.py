@@ -1,0 +1,192 @@
+"""From a RunConfig to everything that takes part in a run: the only place that sees all rooms."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+from hydra.utils import get_method, instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from transformers.models.auto import CONFIG_MAPPING
+
+from deepstack_pl.config.run import RunConfig
+from deepstack_pl.data.sources import Source, open_sources
+from deepstack_pl.evaluation.callback import GenerationCallback
+from deepstack_pl.inspection.callback import InspectionCallback
+from deepstack_pl.language.config import LLMConfig, LLMInit
+from deepstack_pl.language.conversation import load_tokenizer
+from deepstack_pl.multimodal.build import build_model, load_weights
+from deepstack_pl.multimodal.config import build_plan
+from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.multimodal.processor import DeepStackProcessor
+from deepstack_pl.training.datamodule import DeepStackDataModule
+from deepstack_pl.training.guard import FirstStepGuard
+from deepstack_pl.training.interrupt import GracefulStop
+from deepstack_pl.training.module import DeepStackModule
+from deepstack_pl.training.throughput import Throughput
+
+_SHIPPED = "shipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """One run, ready to start."""
+
+    processor: DeepStackProcessor
+    train: Source
+    val: Source
+    module: DeepStackModule
+    datamodule: DeepStackDataModule
+    trainer: lightning.Trainer
+    inspection: InspectionCallback
+    stop: GracefulStop
+
+    @property
+    def throughput(self) -> dict[str, float]:
+        """The newest window's speed; empty where no callback measures it."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it in a connector
+        return next((c.last for c in callbacks if isinstance(c, Throughput)), {})
+
+
+def settle(run: RunConfig) -> list[str]:
+    """Settle in ``run`` what follows from its other values; a note for each change.
+
+    Raises:
+        ValueError: an architecture holds a key that its family does not know.
+    """
+    check_architecture(run.llm)
+    if run.llm.init is LLMInit.random and run.llm.checkpoint and run.llm.template != _SHIPPED:
+        note = (
+            f"llm.init=random: text is written with the shipped tokenizer and template, not with {run.llm.template}, "
+            f"whose tokens come with the weights of {run.llm.checkpoint}."
+        )
+        run.llm.template = _SHIPPED
+        return [note]
+    return []
+
+
+def check_architecture(llm: LLMConfig) -> None:
+    """Hugging Face keeps an unknown key in silence; here it is refused."""
+    if llm.family not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(llm.family, list(CONFIG_MAPPING), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"llm.family={llm.family}: transformers knows no such model type.{hint}")
+    known = {*CONFIG_MAPPING[llm.family]().to_dict(), "rope_theta", "rope_scaling"}  # the last two: older spellings
+    for key in llm.architecture:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean llm.architecture.{near[0]}?" if near else ""
+            raise ValueError(f"Unknown key llm.architecture.{key}: a {llm.family} has no such value.{hint}")
+
+
+def model_builder(run: RunConfig, image_token_id: int, *, fresh: bool = True) -> Callable[..., Any]:
+    """A function that builds the model of ``run``, with ``init_from``'s weights unless a checkpoint follows."""
+
+    def build(device: str = "cpu") -> DeepStackForConditionalGeneration:
+        model = build_model(
+            run.model,
+            run.llm,
+            run.vision,
+            run.projector,
+            seed=run.seed,
+            image_token_id=image_token_id,
+            device=device,
+        )
+        if run.init_from and fresh and device != "meta":
+            load_weights(model, run.init_from)
+        return model
+
+    return build
+
+
+def make_processor(run: RunConfig) -> DeepStackProcessor:
+    """The processor of ``run``; a randomly initialised LLM speaks the shipped tokenizer."""
+    pretrained = run.llm.init is LLMInit.pretrained
+    return DeepStackProcessor(
+        load_tokenizer(run.llm.checkpoint if pretrained else None),
+        plan=build_plan(run.model, run.llm, run.vision),
+        vision=run.vision,
+        template=run.llm.template,
+        max_length=run.llm.max_length,
+    )
+
+
+def assemble(run: RunConfig, folder: Path, *, fresh: bool = True) -> Assembly:
+    """Everything for the run in ``folder``; ``fresh`` unless a checkpoint is to be loaded.
+
+    Raises:
+        ValueError: data, weights or a tokenizer are not at hand, or the Trainer does not take what it is given.
+    """
+    _check_arguments(run)
+    steps = run.trainer["max_steps"]
+    processor = make_processor(run)
+    train, val = open_sources(run.data)  # after what is quick to refuse: it may write a whole set
+    build = model_builder(run, processor.image_token_id, fresh=fresh)
+    module = DeepStackModule(build, run.stage, run.optim, steps)
+    module.configure_model()
+    generation, stop = GenerationCallback(val, processor, run.evaluation), GracefulStop()
+    inspection = InspectionCallback(processor, generation)
+    callbacks = [*machines(run, folder), FirstStepGuard(), stop, generation, inspection]
+    return Assembly(
+        processor=processor,
+        train=train,
+        val=val,
+        module=module,
+        datamodule=DeepStackDataModule(train, val, processor, run.data, run.seed, steps),
+        trainer=build_trainer(run, folder, callbacks, logger_of(run, folder)),
+        inspection=inspection,
+        stop=stop,
+    )
+
+
+def machines(run: RunConfig, folder: Path) -> list[Callback]:
+    """The callbacks of conf; a checkpoint is told where."""
+    where = {"checkpoint": {"dirpath": str(folder / "checkpoints")}}
+    return [instantiate(values, **where.get(name, {})) for name, values in run.callbacks.items() if values]
+
+
+def logger_of(run: RunConfig, folder: Path) -> Logger | None:
+    return instantiate(run.logger)(save_dir=str(folder)) if run.logger else None
+
+
+def build_trainer(
+    run: RunConfig, folder: Path, callbacks: list[Callback], logger: Logger | None, **more: Any
+) -> lightning.Trainer:
+    """conf's Trainer, over conf's machines. What an epoch is, and the samples' order, are not its affair.
+
+    Raises:
+        ValueError: an argument that it does not take, or a machine that is not there.
+    """
+    make = instantiate({**run.trainer, **run.strategy, "_partial_": True})
+    assert isinstance(make, partial)
+    ours = {
+        "callbacks": callbacks,
+        "logger": logger or False,
+        "default_root_dir": str(folder),
+        "gradient_clip_val": run.optim.clip_norm or None,
+        "max_epochs": -1,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": "checkpoint" in run.callbacks,
+        "enable_progress_bar": "progress" in run.callbacks,
+    }
+    try:
+        return make(**{**ours, **make.keywords, **more})
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ValueError(f"trainer: {error} Check trainer= and strategy=.") from error
+
+
+def _check_arguments(run: RunConfig) -> None:
+    known = inspect.signature(get_method(run.trainer["_target_"])).parameters
+    for name in {**run.trainer, **run.strategy}:
+        if name not in known and not name.startswith("_"):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean trainer.{near[0]}?" if near else ""
+            raise ValueError(f"Unknown key trainer.{name}: lightning.Trainer takes no such argument.{hint}")

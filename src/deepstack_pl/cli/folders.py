@@ -1,0 +1,82 @@
+"""Where runs live: one folder each under ``outputs/``, and ``outputs/latest``, which names the newest."""
+
+import os
+from pathlib import Path
+
+OUTPUTS = Path("outputs")
+LATEST = OUTPUTS / "latest"
+CONFIG, RESULTS, RECEIPT = "config.yaml", "results.json", "receipt.json"
+
+
+def relative(path: Path | str) -> str:
+    """``path`` as seen from here, where it lies below; results name no machine's folders."""
+    whole, here = Path(path).resolve(), Path.cwd()
+    return str(whole.relative_to(here)) if whole.is_relative_to(here) else str(path)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write ``file`` in one stroke: a reader finds the old text or the new, never half of one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(file)
+
+
+def remember(folder: Path) -> None:
+    """Make ``folder`` the newest run."""
+    write_text(LATEST, f"{relative(folder)}\n")
+
+
+def discard_if_empty(folder: Path) -> None:
+    """Remove the folder that Hydra made for a run that never began; a sweep's folder goes with its last arm."""
+    for path in (folder, folder.parent):
+        if path.is_dir() and path.resolve() != OUTPUTS.resolve() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def claim(folder: Path) -> None:
+    """Refuse to write a run over another.
+
+    Raises:
+        ValueError: the folder holds a run already.
+    """
+    if (folder / CONFIG).exists():
+        raise ValueError(
+            f"{relative(folder)} already holds a run. Go on with it (ckpt_path={relative(folder)}), or name another "
+            "folder with hydra.run.dir."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def newest() -> Path:
+    """The run that ``outputs/latest`` names; without that file, the one that was saved last.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if LATEST.is_file():
+        folder = Path(LATEST.read_text(encoding="utf-8").strip())
+        if (folder / CONFIG).is_file():
+            return folder
+    saved = sorted(OUTPUTS.glob(f"**/{CONFIG}"), key=lambda file: file.stat().st_mtime)
+    if saved:
+        return saved[-1].parent
+    raise ValueError(
+        f"ckpt_path=last: no run under {OUTPUTS}/ to go on with. Start one without ckpt_path, or name a run's folder: "
+        "ckpt_path=FOLDER."
+    )
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """The file that the run in ``folder`` goes on from.
+
+    Raises:
+        ValueError: it left none.
+    """
+    for name in ("last.ckpt", "exception.ckpt"):
+        if (folder / "checkpoints" / name).is_file():
+            return folder / "checkpoints" / name
+    raise ValueError(
+        f"{relative(folder)} holds no checkpoint to go on from: it ended before its first one. Start a new run, or "
+        "name another folder: ckpt_path=FOLDER."
+    )

@@ -1,0 +1,98 @@
+"""Where a number comes from: versions, commit, command line, digests of data order and initial weights."""
+
+import hashlib
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepstack_pl.config.run import RunConfig
+from deepstack_pl.data.sources import Source
+from deepstack_pl.data.stream import order_digest
+from deepstack_pl.multimodal.build import parts
+from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+
+_PACKAGES = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "lightning": "lightning",
+    "open_clip": "open_clip_torch",
+    "pillow": "pillow",
+    "webdataset": "webdataset",
+    "deepstack_pl": "deepstack_pl",
+}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of whatever computes."""
+    return {"python": platform.python_version(), **{name: version(package) for name, package in _PACKAGES.items()}}
+
+
+def git() -> dict[str, Any]:
+    """The commit that the package's source stands at, and whether it was changed since; empty outside a repository."""
+
+    def ask(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *words],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    commit = ask("rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(ask("status", "--porcelain"))} if commit else {}
+
+
+def peak_memory() -> dict[str, int]:
+    """Most bytes that this process held at once, and most that its accelerator did."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """What computed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def data_of(train: Source, val: Source, run: RunConfig) -> dict[str, Any]:
+    """Which samples, and in what order: two runs with equal digests saw the same batches."""
+    return {
+        "name": run.data.name,
+        "fingerprint": {"train": train.fingerprint, "val": val.fingerprint},
+        "samples": {"train": len(train), "val": len(val)},
+        "order_digest": order_digest(train.fingerprint, run.seed, run.data.batch_size, run.trainer["max_steps"])[:16],
+    }
+
+
+def weight_digests(model: DeepStackForConditionalGeneration) -> dict[str, dict[str, str]]:
+    """For each part a digest of its weights, and one of its architecture (names and shapes)."""
+    found: dict[str, dict[str, str]] = {"init_digest": {}, "architecture_digest": {}}
+    for part, named in parts(model).items():
+        weights, shapes = hashlib.sha256(), hashlib.sha256()
+        for name, parameter in sorted(named):
+            weights.update(name.encode())
+            weights.update(_bytes(parameter))
+            shapes.update(f"{name}:{tuple(parameter.shape)}".encode())
+        found["init_digest"][part] = weights.hexdigest()[:16]
+        found["architecture_digest"][part] = shapes.hexdigest()[:16]
+    return found
+
+
+def _bytes(parameter: nn.Parameter | Tensor) -> bytes:
+    return parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

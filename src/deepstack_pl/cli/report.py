@@ -1,0 +1,78 @@
+"""results.json, and what a person reads on the terminal when a run ends. Loads without torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deepstack_pl.cli.folders import RESULTS, relative, write_text
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write ``results.json`` in one stroke."""
+    write_text(folder / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The results in ``folder``; empty where there are none."""
+    file = folder / RESULTS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def write_failure(folder: Path, arm: list[str], reason: str) -> None:
+    """Record an arm of a sweep that ended badly, beside whatever it had found out."""
+    write_results(folder, {**read_results(folder), "status": "failed", "reason": reason, "arm": arm})
+
+
+def interval_of(metrics: dict[str, Any]) -> list[float] | None:
+    """The accuracy's interval, whatever its confidence (``ci95``)."""
+    return next((value for name, value in metrics.items() if name.startswith("ci")), None)
+
+
+def share(value: float, interval: list[float] | None = None) -> str:
+    """``0.937 [0.921, 0.950]``."""
+    return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+def duration(seconds: float) -> str:
+    """``4 min 12 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def metrics_table(results: dict[str, Any]) -> Table:
+    """Accuracy by kind."""
+    table = Table(title=f"{results['plan']['name']}: {results['steps']} of {results['max_steps']} steps")
+    for name in ("kind", "accuracy", "exact match", "facts", "samples"):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    for kind, found in results["metrics"].items():
+        accuracy = share(found["accuracy"], interval_of(found))
+        table.add_row(kind, accuracy, share(found["exact_match"]), f"{found['facts']:,}", f"{found['samples']:,}")
+    return table
+
+
+def summary(results: dict[str, Any], folder: Path) -> list[str]:
+    """Cost and provenance, a line each."""
+    seconds, parameters, tokens = results["seconds"], results["parameters"], results["tokens_per_image"]
+    speed = results["tokens_per_second"]
+    receipt = "every injection proven" if results["plan"]["injections"] else "an empty plan, nothing is stacked"
+    return [
+        f"visual tokens per image: {tokens['seen']} seen, {tokens['context']} in the context",
+        f"parameters: {parameters['total']:,}, of which {parameters['trained']:,} trained",
+        f"time: {duration(seconds['train'])} training, {duration(seconds['evaluate'])} evaluation"
+        + (f"; {speed:,.0f} tokens/s" if speed else ""),
+        f"receipt: {receipt}",
+        f"run: {relative(folder)}  (results.json; tensorboard --logdir outputs)",
+    ]
+
+
+def print_report(console: Console, results: dict[str, Any], folder: Path) -> None:
+    """The end of a run, for a person."""
+    console.print(metrics_table(results))
+    for line in summary(results, folder):
+        console.print(line, soft_wrap=True, highlight=False)
+    if results["interrupted"]:
+        line = f"Interrupted at step {results['steps']}. To go on: python train.py ckpt_path={relative(folder)}"
+        console.print(line, soft_wrap=True, highlight=False)

@@ -1,0 +1,98 @@
+"""``ckpt_path=last`` or ``ckpt_path=FOLDER``: go on with a run, in its folder, under its own saved config.
+
+Handled before Hydra: what the run was composed of is on disk, and today's conf/ may say something else.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+
+from deepstack_pl.cli.folders import CONFIG, RESULTS, checkpoint_of, newest, relative
+from deepstack_pl.config.load import load
+from deepstack_pl.config.run import RunConfig
+from deepstack_pl.config.schema import Kind, Schema
+
+# What a run may change on its way: machines, and where things lie. Everything else is the experiment itself.
+FREE = (
+    "trainer",
+    "strategy",
+    "logger",
+    "callbacks",
+    "evaluation",
+    "data.root",
+    "data.path",
+    "data.images",
+    "data.workers",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A run to go on with."""
+
+    run: RunConfig
+    folder: Path
+    checkpoint: Path
+    results: dict[str, Any]
+
+
+def asked_for(overrides: Sequence[Override]) -> str | None:
+    """The value of ``ckpt_path``, if the command line gives one."""
+    values = [o.value() for o in overrides if o.key_or_group == "ckpt_path"]
+    return str(values[-1]) if values and values[-1] is not None else None
+
+
+def prepare(wanted: str, overrides: Sequence[Override], flags: Sequence[str], schema: Schema) -> Resumed:
+    """Find the run, and put today's overrides on top of its config.
+
+    Raises:
+        ValueError: there is no such run, it is finished, or an override would make it another run.
+    """
+    if flags:
+        raise ValueError(
+            f"ckpt_path={wanted} with {' '.join(flags)}: going on takes one run and dotted overrides, nothing else. "
+            "Leave the flags out."
+        )
+    folder = newest() if wanted == "last" else _folder(Path(wanted))
+    changes = [_allowed(o, schema, folder) for o in overrides if o.key_or_group != "ckpt_path"]
+    run = load(folder / CONFIG, changes)
+    file = folder / RESULTS
+    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    done, steps = results.get("steps", 0), run.trainer["max_steps"]
+    if results.get("status") == "finished" and done >= steps:
+        raise ValueError(
+            f"{relative(folder)} is finished: {done} of {steps} steps. To train on, say trainer.max_steps=MORE (the "
+            "learning rate's decay then ends there); to start a new run from its weights, "
+            f"init_from={relative(folder)}."
+        )
+    return Resumed(run, folder, checkpoint_of(folder), results)
+
+
+def _folder(named: Path) -> Path:
+    folder = named.parent.parent if named.suffix == ".ckpt" else named
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"ckpt_path={named}: there is no run ({folder / CONFIG} does not exist). Give a run's folder, or last for "
+            "the newest one."
+        )
+    return folder
+
+
+def _allowed(override: Override, schema: Schema, folder: Path) -> str:
+    """``override`` as a dotted assignment, if it leaves the run what it is."""
+    key, typed = override.key_or_group, override.input_line
+    if override.is_delete() or override.is_sweep_override() or schema.kinds.get(key) is Kind.section or key in FREE[:4]:
+        raise ValueError(
+            f"{typed} with ckpt_path: a run goes on under its saved config, in which single values may change, such as "
+            "trainer.max_steps=600. Write KEY.NAME=VALUE."
+        )
+    if not any(key == free or key.startswith(f"{free}.") for free in FREE):
+        raise ValueError(
+            f"{typed} with ckpt_path: {relative(folder)} would no longer be the run it was. Its {key} stays as saved; "
+            f"start a new run for another, with init_from={relative(folder)} if it is to begin from these weights."
+        )
+    return f"{key}={override.get_value_element_as_str()}"

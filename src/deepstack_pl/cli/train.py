@@ -1,0 +1,172 @@
+"""``python train.py``: read the command line, hand it to Hydra, and say in one sentence what is wrong with it.
+
+Nothing heavy is imported before a run really starts, so that ``--help`` and ``--cfg job`` are instant.
+"""
+
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from deepstack_pl.cli import resume
+from deepstack_pl.cli.folders import discard_if_empty
+from deepstack_pl.config.errors import sentence
+from deepstack_pl.config.load import from_hydra, register
+from deepstack_pl.config.overrides import check, parse
+from deepstack_pl.config.schema import Schema
+
+# Hydra's flags that take a value: what follows one is no override.
+_VALUED = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
+
+
+@dataclass
+class CommandLine:
+    """Flags and overrides, apart, so that they may be typed in any order."""
+
+    flags: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, argv: Sequence[str]) -> "CommandLine":
+        line, words = cls(), iter(argv)
+        for word in words:
+            if not word.startswith("-"):
+                line.overrides.append(word)
+                continue
+            line.flags.append(word)
+            if word in _VALUED:
+                line.flags += [value for value in [next(words, None)] if value is not None]
+        return line
+
+    def value(self, *names: str) -> str | None:
+        """The value of a flag, as ``--name VALUE`` or ``--name=VALUE``."""
+        for place, word in enumerate(self.flags):
+            name, _, value = word.partition("=")
+            if name in names:
+                return value or (self.flags[place + 1] if place + 1 < len(self.flags) else None)
+        return None
+
+
+@dataclass
+class Jobs:
+    """What Hydra calls for each run; in a sweep one failed arm does not stop the others, a Ctrl-C does."""
+
+    schema: Schema
+    command: str
+    failed: bool = False
+    interrupted: bool = False
+
+    def __call__(self, composed: DictConfig) -> None:
+        hydra_config = HydraConfig.get()
+        folder = Path(hydra_config.runtime.output_dir)
+        if hydra_config.mode is not RunMode.MULTIRUN:
+            try:
+                self._start(composed, folder, [])
+            except Exception as error:
+                text = sentence(error, self.schema)
+                if text is None:
+                    raise
+                print(text, file=sys.stderr)
+                raise SystemExit(1) from error  # past Hydra, which would add a line of its own
+            finally:
+                discard_if_empty(folder)
+            return
+        arm = list(hydra_config.overrides.task)
+        if self.interrupted:
+            self._leave_out(folder, arm, "not started: the sweep was interrupted")
+            return
+        try:
+            self._start(composed, folder, arm)
+        except Exception as error:
+            text = sentence(error, self.schema)
+            print(text or traceback.format_exc(), file=sys.stderr)
+            self._leave_out(folder, arm, text or f"{type(error).__name__}: {error}")
+            self.failed = True
+
+    def _start(self, composed: DictConfig, folder: Path, arm: list[str]) -> None:
+        run = from_hydra(composed)
+        from deepstack_pl.cli.run import execute
+
+        self.interrupted |= execute(run, folder, self.command, arm=arm)
+
+    def _leave_out(self, folder: Path, arm: list[str], reason: str) -> None:
+        from deepstack_pl.cli.report import write_failure
+
+        write_failure(folder, arm, reason)
+
+
+def main(conf: Path, argv: Sequence[str]) -> int:
+    """Train as ``argv`` says, with the options of ``conf``; the exit status."""
+    line, command = CommandLine.read(argv), shlex.join(["python", "train.py", *argv])
+    register()
+    schema = Schema(_folders(conf, line))
+    try:
+        overrides = parse(line.overrides)
+        check(overrides, schema)
+        wanted = resume.asked_for(overrides)
+        if wanted is not None:
+            resumed = resume.prepare(wanted, overrides, line.flags, schema)
+            from deepstack_pl.cli.run import execute
+
+            execute(resumed.run, resumed.folder, command, resumed=resumed)
+            return 0
+        jobs = Jobs(schema, command)
+        with _argv([*line.flags, *line.overrides, *_arm_names(overrides)]):
+            _hydra(conf, jobs)
+        return int(jobs.failed)
+    except KeyboardInterrupt:
+        print("stopped at once", file=sys.stderr)
+        return 130
+    except Exception as error:
+        text = sentence(error, schema)
+        if text is None:
+            raise
+        print(text, file=sys.stderr)
+        return 1
+
+
+def _arm_names(overrides: Sequence[Override]) -> list[str]:
+    """Arms are named by what differs between them, not by what the whole sweep has in common."""
+    common = [o.key_or_group for o in overrides if not o.is_sweep_override()]
+    swept = len(common) < len(overrides) or "experiment" in common
+    return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(common)}]"] if common and swept else []
+
+
+def _hydra(conf: Path, jobs: Callable[[DictConfig], None]) -> None:
+    def train(composed: DictConfig) -> None:
+        jobs(composed)
+
+    hydra.main(version_base="1.3", config_path=str(conf), config_name="train")(train)()
+
+
+def _folders(conf: Path, line: CommandLine) -> tuple[Path, ...]:
+    """Where options are read from: the project's conf/, and the user's own folder."""
+    own = line.value("--config-dir", "-cd")
+    if own is not None and not Path(own).is_dir():
+        raise SystemExit(f"--config-dir {own}: there is no such folder.")
+    return (conf, Path(own).resolve()) if own else (conf,)
+
+
+@contextmanager
+def _argv(words: list[str]) -> Iterator[None]:
+    """Hydra reads ``sys.argv``, and prints errors itself unless told to hand them on."""
+    argv, told = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = [argv[0], *words], "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if told is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = told

@@ -1,0 +1,131 @@
+"""Going on with a run: what is refused, and what may change."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deepstack_pl.cli.folders import LATEST, checkpoint_of, claim, newest, remember
+from deepstack_pl.cli.resume import asked_for, prepare
+from deepstack_pl.config.load import save
+from deepstack_pl.config.overrides import parse
+from deepstack_pl.config.run import RunConfig
+from deepstack_pl.config.schema import Schema
+from deepstack_pl.data.config import DataConfig, FinePrintConfig
+from deepstack_pl.evaluation.config import EvaluationConfig
+from deepstack_pl.language.config import LLMConfig
+from deepstack_pl.multimodal.config import ProjectorConfig
+from deepstack_pl.stacking.config import ModelConfig
+from deepstack_pl.training.config import OptimConfig, StageConfig
+from deepstack_pl.vision.config import VisionConfig
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def a_run(folder: Path, *, status: str = "interrupted", steps: int = 40, checkpoint: str | None = "last.ckpt") -> Path:
+    """A run's folder as an interrupted run leaves it."""
+    run = RunConfig(
+        model=ModelConfig(name="x"),
+        llm=LLMConfig(name="x", family="llama", architecture={"num_hidden_layers": 12}),
+        vision=VisionConfig(name="x"),
+        projector=ProjectorConfig(name="x"),
+        data=DataConfig(name="x", fine_print=FinePrintConfig(view_size=336, cells=4)),
+        stage=StageConfig(name="x"),
+        optim=OptimConfig(name="x"),
+        evaluation=EvaluationConfig(name="x"),
+        trainer={"max_steps": 100, "accelerator": "cpu"},
+    )
+    (folder / "checkpoints").mkdir(parents=True)
+    save(run, folder / "config.yaml")
+    (folder / "results.json").write_text(json.dumps({"status": status, "steps": steps}))
+    if checkpoint:
+        (folder / "checkpoints" / checkpoint).write_bytes(b"")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def go_on(*words: str, flags: tuple[str, ...] = ()):
+    overrides = parse(words)
+    wanted = asked_for(overrides)
+    assert wanted is not None
+    return prepare(wanted, overrides, flags, Schema((CONF,)))
+
+
+def test_last_is_the_run_that_latest_names() -> None:
+    old, new = a_run(Path("outputs/old")), a_run(Path("outputs/new"))
+    remember(old)
+    assert LATEST.read_text() == "outputs/old\n"
+    resumed = go_on("ckpt_path=last")
+    assert resumed.folder == old
+    assert resumed.checkpoint == old / "checkpoints" / "last.ckpt"
+    assert go_on(f"ckpt_path={new}").folder == new
+    assert go_on(f"ckpt_path={new}/checkpoints/last.ckpt").folder == new
+
+
+def test_without_latest_the_newest_run_is_found_in_a_sweep_too() -> None:
+    arm = a_run(Path("outputs/sweeps/s/model=x"))
+    assert newest() == arm
+
+
+def test_machines_and_the_last_step_may_change() -> None:
+    remember(a_run(Path("outputs/a")))
+    run = go_on("ckpt_path=last", "trainer.max_steps=200", "trainer.accelerator=gpu", "data.workers=3").run
+    assert run.trainer == {"max_steps": 200, "accelerator": "gpu"}
+    assert run.data.workers == 3
+
+
+@pytest.mark.parametrize(
+    "change", ["seed=1", "model.start_layer=2", "data.batch_size=2", "stage.llm.lr=0.1", "llm.init=pretrained"]
+)
+def test_what_the_run_is_may_not_change(change: str) -> None:
+    remember(a_run(Path("outputs/a")))
+    with pytest.raises(ValueError, match="would no longer be the run it was"):
+        go_on("ckpt_path=last", change)
+
+
+@pytest.mark.parametrize("change", ["trainer=gpu", "model=baseline", "~logger", "trainer.max_steps=1,2"])
+def test_only_single_values_may_change(change: str) -> None:
+    remember(a_run(Path("outputs/a")))
+    with pytest.raises(ValueError, match=r"Write KEY\.NAME=VALUE"):
+        go_on("ckpt_path=last", change)
+
+
+def test_flags_do_not_go_with_it() -> None:
+    remember(a_run(Path("outputs/a")))
+    with pytest.raises(ValueError, match="with -m"):
+        go_on("ckpt_path=last", flags=("-m",))
+
+
+def test_nothing_there_is_an_error_and_no_fresh_start() -> None:
+    with pytest.raises(ValueError, match="no run under outputs/"):
+        go_on("ckpt_path=last")
+    with pytest.raises(ValueError, match="there is no run"):
+        go_on("ckpt_path=elsewhere")
+    assert not Path("outputs").exists()
+
+
+def test_a_finished_run_says_so() -> None:
+    remember(a_run(Path("outputs/a"), status="finished", steps=100))
+    with pytest.raises(ValueError, match="finished: 100 of 100 steps"):
+        go_on("ckpt_path=last")
+    assert go_on("ckpt_path=last", "trainer.max_steps=200").run.trainer["max_steps"] == 200
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_says_so() -> None:
+    remember(a_run(Path("outputs/a"), checkpoint=None))
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        go_on("ckpt_path=last")
+
+
+def test_a_crash_before_the_first_regular_checkpoint_is_gone_on_with() -> None:
+    folder = a_run(Path("outputs/a"), checkpoint="exception.ckpt")
+    assert checkpoint_of(folder).name == "exception.ckpt"
+
+
+def test_a_run_is_not_written_over_another() -> None:
+    with pytest.raises(ValueError, match="already holds a run"):
+        claim(a_run(Path("outputs/a")))
