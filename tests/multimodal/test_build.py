@@ -5,10 +5,11 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import PLANS, tiny_llm, tiny_vision
 
 from deepstack_pl.language.config import LLMConfig, LLMInit
-from deepstack_pl.multimodal.build import build_model, text_config
+from deepstack_pl.multimodal.build import build_model, load_weights, text_config
 from deepstack_pl.multimodal.config import ProjectorConfig, ProjectorKind
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.vision.config import VisionConfig, VisionInit
@@ -38,6 +39,16 @@ def test_pretrained_llm_arrives_whole(checkpoint) -> None:
     loaded = build(llm)
     for key, tensor in source.language_model.state_dict().items():
         assert torch.equal(loaded.language_model.state_dict()[key], tensor), key
+
+
+def test_a_checkpoint_with_a_tensor_missing_is_refused(checkpoint) -> None:
+    llm, _ = checkpoint
+    file = Path(llm.checkpoint) / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"is not whole: .*layers\.2\.mlp\.up_proj"):
+        build(llm)
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_attention_heads", 2), ("rope_theta", 500.0)])
@@ -93,6 +104,24 @@ def test_a_tower_of_another_architecture_is_refused(clip) -> None:
     vision, _ = clip
     with pytest.raises(ValueError, match="is not the architecture written in conf/vision"):
         build(vision=replace(vision, layers=3))
+
+
+@pytest.mark.parametrize("change", [{"heads": 4}, {"quick_gelu": False}, {"mean": [0.5, 0.5, 0.5]}])
+def test_a_tower_that_differs_in_what_shapes_do_not_show_is_refused(clip, change: dict) -> None:
+    vision, _ = clip
+    with pytest.raises(ValueError, match=f"disagree .*'{next(iter(change))}'"):
+        build(vision=replace(vision, **change))
+
+
+def test_weights_of_a_run_with_other_heads_start_nothing(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    other = tiny_llm()
+    other.architecture["num_attention_heads"] = 8
+    other.architecture["head_dim"] = 8
+    with pytest.raises(ValueError, match=r"of another architecture: llm\.num_attention_heads \(8, there 4\)"):
+        load_weights(build(other), tmp_path)
+    with pytest.raises(ValueError, match=r"of another architecture: vision\.heads"):
+        load_weights(build(vision=replace(tiny_vision(), heads=4)), tmp_path)
 
 
 def test_a_tower_without_weights_at_hand_says_what_to_do(clip) -> None:

@@ -24,6 +24,8 @@ from deepstack_pl.vision.config import VisionConfig
 GOLDEN = Path(__file__).parents[1] / "golden"
 IMAGE_TOKEN = -200
 CASES = ("l_default", "l_start0", "l_small_square", "l_text_only", "v_default", "v_start1", "v_start3")
+WITH_GRADIENTS = ("l_default", "l_text_only", "v_start3")
+WITH_ANSWERS = ("l_default",)
 
 
 def vision_config() -> VisionConfig:
@@ -139,17 +141,30 @@ class Case:
         return collate(self.samples[rows], pad_id=0, side=side, tokens_per_view=self.vision.patches_per_side**2)
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest) -> Case:
-    return Case(request.param)
+@pytest.fixture(scope="module")
+def cases() -> dict[str, Case]:
+    return {name: Case(name) for name in CASES}
 
 
+@pytest.fixture
+def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Case:
+    return cases[request.param]
+
+
+def test_the_cases_hold_what_they_are_asked_for(cases: dict[str, Case]) -> None:
+    holding = [name for name, case in cases.items() if any(key.startswith("grad.") for key in case.outputs)]
+    assert tuple(holding) == WITH_GRADIENTS
+    assert tuple(name for name, case in cases.items() if "greedy" in case.meta) == WITH_ANSWERS
+
+
+@pytest.mark.parametrize("case", CASES, indirect=True)
 def test_views_are_the_published_ones(case: Case) -> None:
     for row, sample in enumerate(case.samples):
         if sample.images:
             torch.testing.assert_close(sample.views, case.inputs[f"views.{row}"], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("case", CASES, indirect=True)
 def test_layer_inputs_logits_and_loss_are_the_published_ones(case: Case) -> None:
     batch = case.batch()
     seen: dict[int, Tensor] = {}
@@ -172,11 +187,9 @@ def test_layer_inputs_logits_and_loss_are_the_published_ones(case: Case) -> None
     torch.testing.assert_close(output.loss, case.outputs["loss"][0], atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("case", WITH_GRADIENTS, indirect=True)
 def test_gradients_are_the_published_ones(case: Case) -> None:
     stored = {k.removeprefix("grad."): v for k, v in case.outputs.items() if k.startswith("grad.")}
-    if not stored:
-        assert case.meta, "only the cases marked g hold gradients"
-        return
     case.model.zero_grad()
     case.model(**case.batch().model_inputs()).loss.backward()
     checked = 0
@@ -197,8 +210,9 @@ def test_gradients_are_the_published_ones(case: Case) -> None:
     assert checked == len(stored)
 
 
+@pytest.mark.parametrize("case", WITH_ANSWERS, indirect=True)
 def test_greedy_answers_are_the_published_ones(case: Case) -> None:
-    for row, ids in enumerate(case.meta.get("greedy", [])):
+    for row, ids in enumerate(case.meta["greedy"]):
         batch = case.batch(slice(row, row + 1), PadSide.left)
         inputs = {k: v for k, v in batch.model_inputs().items() if k not in ("labels", "position_ids")}
         new = case.model.generate(**inputs, max_new_tokens=len(ids), do_sample=False, eos_token_id=None)

@@ -160,6 +160,24 @@ def test_greedy_equals_the_oracle_token_by_token() -> None:
         ids.append(token)
 
 
+def test_a_prompt_in_chunks_is_refused_in_a_sentence() -> None:
+    model = tiny_model(PLANS["deepstack_l"])
+    batch = batch_of(model, side=PadSide.left)
+    with pytest.raises(ValueError, match="Leave prefill_chunk_size out"):
+        model.generate(**prompts(batch), max_new_tokens=2, do_sample=False, prefill_chunk_size=5)
+
+
+@pytest.mark.parametrize("name", list(PLANS))
+def test_half_precision_takes_the_processors_pixels_as_they_are(name: str) -> None:
+    model = tiny_model(PLANS[name])
+    batch = batch_of(model)
+    full = model(**batch.model_inputs()).logits
+    half = model.to(torch.bfloat16)(**batch.model_inputs(), record=True)
+    assert all(trace.added.dtype is torch.bfloat16 for trace in half.record)
+    valid = batch.attention_mask
+    assert (half.logits.float() - full)[valid].abs().max() < 0.1 * full[valid].abs().max()
+
+
 def test_beams_and_returned_sequences_keep_their_image() -> None:
     model = tiny_model(PLANS["deepstack_l"])
     arguments = {
@@ -196,7 +214,7 @@ def test_a_folder_of_another_architecture_is_refused_by_name(tmp_path: Path) -> 
     other = build_model(
         PLANS["deepstack_l"], tiny_llm(layers=7), tiny_vision(), ProjectorConfig(name="mlp"), seed=0, image_token_id=63
     )
-    with pytest.raises(ValueError, match=r"missing \['language_model.model.layers.6"):
+    with pytest.raises(ValueError, match=r"llm.num_hidden_layers \(7, there 6\)"):
         load_weights(other, tmp_path)
     with pytest.raises(ValueError, match="there is no model"):
         load_weights(other, tmp_path / "nowhere")

@@ -68,6 +68,7 @@ def test_two_injections_on_one_layer_are_refused_unless_summed_on_purpose() -> N
         ({"injections": [InjectionConfig(group=4, layer=8)]}, "deal groups 0 to 3"),
         ({"injections": [InjectionConfig(group=0, layer=12)]}, "the LLM has 12 layers \\(0 to 11\\)"),
         ({"injections": [InjectionConfig(group=0, layer=-1)]}, "layers count from 0"),
+        ({"injections": [InjectionConfig(group=0, layer=1)], "collisions": Collisions.sum}, "more than once"),
     ],
 )
 def test_impossible_plans_are_refused_in_a_sentence(change: dict, message: str) -> None:
@@ -86,6 +87,19 @@ def test_digest_follows_what_a_plan_does_not_its_name() -> None:
 def test_a_plan_survives_its_own_dictionary() -> None:
     plan = build(replace(L, operator=Operator.gated_add, start_layer=10, overflow=Overflow.drop))
     assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_a_stored_plan_that_was_edited_is_refused() -> None:
+    values = build(L).to_dict()
+    values["injections"][3]["layer"] = 50
+    with pytest.raises(ValueError, match=r"group 3 -> llm layer 50: layers count from 0, and the LLM has 12 layers"):
+        Plan.from_dict(values)
+
+
+def test_a_square_grid_counts_the_tiles_it_has() -> None:
+    plan = build(replace(L, tiles=5, groups=4, grid=GridRule.square))
+    assert plan.idle_groups == ()
+    assert plan.seen_tokens(16) == 5 * 16
 
 
 def test_groups_that_reach_no_layer_are_named() -> None:

@@ -77,6 +77,7 @@ def load_weights(model: DeepStackForConditionalGeneration, folder: str | Path) -
             f"init_from={folder}: there is no model.safetensors. Give the folder of a finished run (outputs/latest "
             "names the newest), or one written by save_pretrained."
         )
+    _refuse_another_architecture(model.config, DeepStackConfig.from_pretrained(folder), folder)
     loaded = load_file(file)
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shared = {name for group in _tied(model) for name in group if group & loaded.keys()}
@@ -89,6 +90,31 @@ def load_weights(model: DeepStackForConditionalGeneration, folder: str | Path) -
             f"shape {reshaped[:3]}. llm=, vision= and projector= must be those of that run."
         )
     model.load_state_dict(loaded, strict=False)
+
+
+def _refuse_another_architecture(own: DeepStackConfig, theirs: DeepStackConfig, folder: str | Path) -> None:
+    """Values that shapes do not show: heads, rotary base, activation, pixel statistics."""
+    ignored = {"name", "init", "open_clip_model", "open_clip_weights"}  # where weights came from, not what they are
+    pairs = {
+        "llm": (
+            own.text_config.to_dict(),
+            theirs.text_config.to_dict(),
+            {"dtype", "transformers_version", "_name_or_path"},
+        ),
+        "vision": (own.vision, theirs.vision, ignored),
+        "projector": ({"kind": own.projector}, {"kind": theirs.projector}, set()),
+    }
+    differ = [
+        f"{part}.{key} ({mine.get(key)}, there {other.get(key)})"
+        for part, (mine, other, skip) in pairs.items()
+        for key in sorted((mine.keys() | other.keys()) - skip)
+        if mine.get(key) != other.get(key)
+    ]
+    if differ:
+        raise ValueError(
+            f"init_from={folder} is of another architecture: {', '.join(differ[:4])}. llm=, vision= and projector= "
+            "must be those of that run."
+        )
 
 
 def text_config(llm: LLMConfig) -> PreTrainedConfig:
@@ -142,7 +168,14 @@ def _checkpoint_config(llm: LLMConfig) -> PreTrainedConfig:
 
 
 def _checkpoint(llm: LLMConfig) -> nn.Module:
+    """The checkpoint's model, whole: transformers would draw missing tensors anew and go on."""
     try:
-        return AutoModelForCausalLM.from_pretrained(_named(llm), dtype=torch.float32)
+        model, info = AutoModelForCausalLM.from_pretrained(_named(llm), dtype=torch.float32, output_loading_info=True)
     except OSError as error:
         raise _not_at_hand(llm, error) from error
+    wrong = {key: sorted(map(str, info[key]))[:3] for key in ("missing_keys", "mismatched_keys") if info[key]}
+    if wrong:
+        raise ValueError(
+            f"llm={llm.name}: the checkpoint {llm.checkpoint} is not whole: {wrong}. Fetch it again, or name another."
+        )
+    return model

@@ -155,6 +155,7 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
         self, views: Float[Tensor, "v 3 s s"], vit_rows: Int[Tensor, "h m"], traces: list[InjectionTrace] | None = None
     ) -> Float[Tensor, "rows d"]:
         """Projected tokens of every view that reaches the feature: one call a step, projection before dealing."""
+        views = views.to(self.vision_tower.tower.dtype)
         tokens = self.vision_tower(views, vit_rows, self._scales(Host.vit), traces)
         return self.projector(tokens).flatten(0, 1)
 
@@ -178,6 +179,11 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
         )
         if is_first_iteration or not use_cache:
             index = inputs.get("token_index")
+            if index is not None and index.shape[1] > inputs["input_ids"].shape[1]:
+                raise ValueError(
+                    f"generate was given a prompt of {index.shape[1]} positions in chunks of "
+                    f"{inputs['input_ids'].shape[1]}: images enter with the whole prompt. Leave prefill_chunk_size out."
+                )
             if index is not None and index.shape[1] != input_ids.shape[1]:
                 new = index.new_full((index.shape[0], input_ids.shape[1] - index.shape[1]), -1)
                 inputs["token_index"] = torch.cat([index, new], dim=1)

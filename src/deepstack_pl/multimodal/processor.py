@@ -90,6 +90,8 @@ class DeepStackProcessor:
         """
         texts = [text] if isinstance(text, str) else list(text)
         rows = [images] if isinstance(text, str) else list(images) or [()] * len(texts)
+        if any(isinstance(row, Image.Image) for row in rows):
+            raise ValueError("images: give each question a list of images, also where it holds one: [image].")
         if len(rows) != len(texts):
             raise ValueError(
                 f"{len(texts)} questions, but image lists for {len(rows)}. Give each question its own list."

@@ -62,6 +62,29 @@ class Plan:
     injections: tuple[Injection, ...]
     dropped: tuple[Injection, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Hold also for a plan that comes from a config.json."""
+        for injection in self.injections:
+            self._check(injection)
+        twice = sorted({str(i) for i in self.injections if self.injections.count(i) > 1})
+        if twice:
+            raise ValueError(f"plan {self.name}: {', '.join(twice)} stands there more than once. Leave one.")
+
+    def _check(self, injection: Injection) -> None:
+        if not 0 <= injection.group < self.most_tiles:
+            raise ValueError(
+                f"plan {self.name}: {injection}: {self.tiles} tiles ({self.grid.value}) deal groups 0 to "
+                f"{self.most_tiles - 1}. Name one of these, or raise model.tiles."
+            )
+        if not 0 <= injection.layer <= _last_layer(injection.host, self.llm_layers, self.vit_layers):
+            depth = _depth(injection.host, self.llm_layers, self.vit_layers)
+            raise ValueError(f"plan {self.name}: {injection}: layers count from 0, and {depth}.")
+
+    @property
+    def most_tiles(self) -> int:
+        """Tiles of the largest grid: a square one may hold fewer than ``tiles``."""
+        return isqrt(self.tiles) ** 2 if self.grid is GridRule.square else self.tiles
+
     @classmethod
     def build(cls, config: ModelConfig, *, llm_layers: int, vit_layers: int) -> "Plan":
         """Resolve and check ``config`` against the depths of both hosts.
@@ -78,22 +101,9 @@ class Plan:
         wanted += [Injection(i.host, i.layer, i.group, i.operator) for i in config.injections]
         kept: list[Injection] = []
         dropped: list[Injection] = []
-        most = _most_groups(config)
         for injection in wanted:
-            last = _last_layer(injection.host, llm_layers, vit_layers)
-            if not 0 <= injection.group < most:
-                raise ValueError(
-                    f"model.injections: {injection}: {config.tiles} tiles ({config.grid.value}) deal groups 0 to "
-                    f"{most - 1}. Name one of these, or raise model.tiles."
-                )
-            if injection.layer < 0:
-                raise ValueError(f"model.injections: {injection}: layers count from 0.")
-            if injection.layer <= last:
-                kept.append(injection)
-            elif config.overflow is Overflow.drop:
-                dropped.append(injection)
-            else:
-                raise ValueError(f"model.injections: {injection}: {_depth(injection.host, llm_layers, vit_layers)}.")
+            beyond = injection.layer > _last_layer(injection.host, llm_layers, vit_layers)
+            (dropped if beyond and config.overflow is Overflow.drop else kept).append(injection)
         kept.sort(key=lambda i: (i.host is Host.llm, i.layer))
         if config.collisions is Collisions.refuse:
             for first, second in pairwise(kept):
@@ -135,7 +145,7 @@ class Plan:
         if not self.tiles or self.sequence is Sequence.global_and_tiles:
             return ()
         used = {i.group for i in self.injections}
-        return tuple(k for k in range(self.tiles) if k not in used)
+        return tuple(k for k in range(self.most_tiles) if k not in used)
 
     @property
     def tiles_reach_feature(self) -> bool:
@@ -144,12 +154,12 @@ class Plan:
 
     def context_tokens(self, tokens_per_view: int) -> int:
         """Most positions that one image takes in the text sequence."""
-        views = 1 + self.tiles if self.sequence is Sequence.global_and_tiles else 1
+        views = 1 + self.most_tiles if self.sequence is Sequence.global_and_tiles else 1
         return views * tokens_per_view
 
     def seen_tokens(self, tokens_per_view: int) -> int:
         """Most visual tokens that one image is read into."""
-        return (1 + self.tiles) * tokens_per_view
+        return (1 + self.most_tiles) * tokens_per_view
 
     @property
     def digest(self) -> str:

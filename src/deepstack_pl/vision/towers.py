@@ -1,8 +1,10 @@
 """Vision towers behind one face: embed, blocks. The only file that knows where open_clip keeps its parts."""
 
 from functools import partial
+from typing import Any
 
 import open_clip
+import torch
 from jaxtyping import Float
 from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from torch import Tensor, nn
@@ -40,6 +42,11 @@ class OpenClipTower(nn.Module):
         return self.visual._embeds(views)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What views must be cast to: pixels arrive in float32 whatever the weights are."""
+        return self.visual.conv1.weight.dtype
+
+    @property
     def blocks(self) -> nn.ModuleList:
         return self.visual.transformer.resblocks
 
@@ -73,6 +80,12 @@ class OpenClipTower(nn.Module):
                 "same architecture with random weights."
             ) from error
         visual = clip.get_submodule("visual")
+        if not isinstance(visual, VisionTransformer):
+            raise ValueError(
+                f"vision={self.config.name}: open_clip's {name} has a {type(visual).__name__}, whose blocks "
+                "cannot be run one by one here. Choose a model with a VisionTransformer."
+            )
+        self._refuse_another_tower(visual, open_clip.get_model_preprocess_cfg(clip))
         loaded = visual.state_dict()
         loaded.pop("proj", None)
         own = {key: tuple(value.shape) for key, value in self.visual.state_dict().items()}
@@ -84,3 +97,19 @@ class OpenClipTower(nn.Module):
                 f"first differences: {wrong}. Correct width, layers, heads, patch_size or image_size."
             )
         self.visual.load_state_dict(loaded)
+
+    def _refuse_another_tower(self, theirs: VisionTransformer, pixels: dict[str, Any]) -> None:
+        """What shapes do not show, and what a wrong conf would change in silence."""
+        block = theirs.transformer.resblocks[0]
+        values = {
+            "heads": (self.config.heads, block.attn.num_heads),
+            "quick_gelu": (self.config.quick_gelu, isinstance(block.mlp.gelu, QuickGELU)),
+            "mean": (list(self.config.mean), list(pixels["mean"])),
+            "std": (list(self.config.std), list(pixels["std"])),
+        }
+        differ = {key: pair for key, pair in values.items() if pair[0] != pair[1]}
+        if differ:
+            raise ValueError(
+                f"vision={self.config.name}: conf and open_clip's {self.config.open_clip_model} disagree (conf, "
+                f"open_clip): {differ}. Correct conf/vision."
+            )

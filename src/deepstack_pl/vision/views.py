@@ -21,7 +21,7 @@ def views_of(
     image: Image.Image, plan: Plan, vision: VisionConfig
 ) -> tuple[Float[Tensor, "v 3 s s"], tuple[int, int] | None]:
     """The views of ``image``, normalised, and the grid ``(columns, rows)`` of its tiles (None: no tiles)."""
-    image = image.convert("RGB")
+    image = as_rgb(image)
     size = vision.image_size
     views = [np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))]
     grid = None
@@ -36,6 +36,16 @@ def views_of(
     return (pixels - _channels(vision.mean)) / _channels(vision.std), grid
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture in RGB: transparency on white, 16 bits brought down to 8 (Pillow alone would clip them)."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def no_views(vision: VisionConfig) -> Float[Tensor, "0 3 s s"]:
     """The views of a sample without an image."""
     return torch.empty(0, 3, vision.image_size, vision.image_size)
@@ -46,8 +56,8 @@ def full_grid_size(plan: Plan, vision: VisionConfig) -> tuple[int, int]:
     size = vision.image_size
     if not plan.tiles:
         return size, size
-    side = isqrt(plan.tiles)
-    columns, rows = (side, side) if side * side == plan.tiles else (plan.tiles, 1)
+    side = isqrt(plan.most_tiles)
+    columns, rows = (side, side) if side * side == plan.most_tiles else (plan.most_tiles, 1)
     return columns * size, rows * size
 
 
