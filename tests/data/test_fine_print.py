@@ -24,7 +24,7 @@ def seen_at(pixels: np.ndarray, size: int) -> np.ndarray:
 
 def cells_of(view: np.ndarray, margin: int) -> list[np.ndarray]:
     cell = len(view) // CONFIG.cells
-    padded = np.pad(view, ((margin, margin), (margin, margin), (0, 0)), mode="reflect")
+    padded = np.pad(view, np.array([[margin] * 2, [margin] * 2, [0, 0]]), mode="reflect")
     starts = range(0, len(view), cell)
     return [padded[y : y + cell + 2 * margin, x : x + cell + 2 * margin] for y in starts for x in starts]
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from webdataset.compat import WebDataset
 
-from deepstack_pl.data.shards import ShardWriter, read_index, read_manifest
+from deepstack_pl.data.shards import ShardWriter, check_finished, read_index, read_manifest
 
 RECORD = {"id": "a", "conversations": []}
 
@@ -66,15 +66,49 @@ def test_shards_are_cut_by_samples_and_by_bytes_and_listed(tmp_path: Path) -> No
     assert read_index(tmp_path / "bytes/shard-000001.tar")[0].key == "000000003"
 
 
-def test_an_error_while_writing_leaves_no_half_shard(tmp_path: Path) -> None:
+def abort(folder: Path, whole_samples: int = 1) -> None:
+    """Write shards of two samples until one is no picture."""
+
     def fail() -> None:
-        with ShardWriter(tmp_path) as writer:
-            writer.write(RECORD, [picture()])
+        with ShardWriter(folder, max_samples=2) as writer:
+            for _ in range(whole_samples):
+                writer.write(RECORD, [picture()])
             writer.write(RECORD, [b"<!DOCTYPE html><title>404</title>"])
 
-    with pytest.raises(ValueError, match=r"sample 000000001, image 0: a web page"):
+    with pytest.raises(ValueError, match=rf"sample 00000000{whole_samples}, image 0: a web page"):
         fail()
-    assert list(tmp_path.iterdir()) == []
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_error_while_writing_leaves_no_half_shard_but_a_marker(tmp_path: Path) -> None:
+    abort(tmp_path / "a", whole_samples=1)
+    assert names(tmp_path / "a") == ["unfinished.partial"]
+    for whole_samples in (2, 3):  # between two shards, and in the second
+        abort(tmp_path / str(whole_samples), whole_samples)
+        assert "unfinished.partial" in names(tmp_path / str(whole_samples))
+    assert names(tmp_path / "3") == ["shard-000000.tar", "unfinished.partial"]
+
+
+def test_a_set_that_is_not_finished_is_marked_from_the_start_and_unmarked_at_the_end(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, max_samples=1)
+    writer.write(RECORD, [picture()])
+    writer.write(RECORD, [picture()])  # killed here, it would leave this behind
+    assert names(tmp_path) == [".shard-000001.tar.partial", "shard-000000.tar", "unfinished.partial"]
+    with pytest.raises(ValueError, match="still being written, or that was interrupted"):
+        check_finished(tmp_path)
+    writer.close()
+    check_finished(tmp_path)
+    assert names(tmp_path) == ["manifest.json", "shard-000000.tar", "shard-000001.tar"]
+
+
+def test_writing_again_after_an_error_in_the_first_shard_gives_a_whole_set(tmp_path: Path) -> None:
+    abort(tmp_path)
+    (tmp_path / ".shard-000001.tar.partial").write_bytes(b"of a killed writer")
+    write(tmp_path)
+    assert names(tmp_path) == ["manifest.json", "shard-000000.tar"]
 
 
 def test_writing_over_shards_is_refused(tmp_path: Path) -> None:
@@ -90,6 +124,23 @@ def test_a_lost_or_changed_shard_is_noticed(tmp_path: Path) -> None:
         read_manifest(tmp_path)
     shard.unlink()
     with pytest.raises(ValueError, match=r"shard-000000\.tar is not there, but"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"shards": 3}', '{"shards": ["shard-000000.tar"]}'])
+def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    write(tmp_path)
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json is no manifest of shards .*Remove it"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_whose_digest_is_no_text_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = None
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="sha256 None: both are text"):
         read_manifest(tmp_path)
 
 

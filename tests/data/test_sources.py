@@ -1,7 +1,6 @@
 """Sources: LLaVA's format taken strictly, pictures decoded the same everywhere, every refusal names what and where."""
 
 import io
-import json
 import pickle
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from deepstack_pl.data.config import DataConfig, FinePrintConfig
 from deepstack_pl.data.config import Source as Kind
 from deepstack_pl.data.images import decode_image
 from deepstack_pl.data.llava import record_from_llava
-from deepstack_pl.data.shards import ShardWriter
-from deepstack_pl.data.sources import LlavaJsonSource, ShardSource, open_sources
+from deepstack_pl.data.shards import ShardWriter, file_sha256
+from deepstack_pl.data.sources import ShardSource, open_sources
 
 RED = Image.new("RGB", (4, 4), "red")
 
@@ -62,6 +61,12 @@ def test_a_leading_answer_is_dropped() -> None:
         (said("What?"), 0, "last answer is missing"),
         (said("What?", "a", "And?"), 0, "last answer is missing"),
         (said("What?", "  "), 0, "last answer is missing"),
+        (
+            said("What?", "<image> a"),
+            1,
+            r"^k: turn 1, an answer, holds <image>: .*Move the placeholder to the question",
+        ),
+        (said("<image>", "a", "And?", "<image>"), 1, "^k: turn 3, an answer, holds <image>"),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, 0, "an empty conversation"),
         ({"conversations": said("a")["conversations"] * 2}, 0, "two turns in a row"),
         ({"conversations": [{"from": "system", "value": "a"}]}, 0, "turn 0 is from 'system'"),
@@ -155,6 +160,56 @@ def test_fingerprint_changes_with_the_data_and_not_with_its_place(tmp_path: Path
     assert ShardSource(tmp_path / "b").fingerprint == first.fingerprint
 
 
+def test_a_shard_edited_to_equal_length_is_refused_with_both_digests(tmp_path: Path) -> None:
+    first = write_shards(tmp_path)
+    shard = tmp_path / "shard-000001.tar"
+    before = file_sha256(shard)
+    data = shard.read_bytes()
+    shard.write_bytes(data.replace(b'"value": "4"', b'"value": "7"'))
+    assert shard.stat().st_size == len(data)
+    with pytest.raises(ValueError, match=r"shard-000001\.tar has sha256") as error:
+        ShardSource(tmp_path)
+    assert f"sha256 {file_sha256(shard)[:12]}..." in str(error.value)
+    assert f"lists it with {before[:12]}..." in str(error.value)
+    assert str(error.value).endswith("if you changed them on purpose, remove the manifest.")
+    (tmp_path / "manifest.json").unlink()
+    edited = ShardSource(tmp_path)
+    assert edited[4].facts == ("7",)
+    assert edited.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("left", ["unfinished.partial", ".shard-000002.tar.partial", ".manifest.json.partial"])
+def test_shards_of_an_interrupted_writer_are_refused(tmp_path: Path, left: str) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / left).touch()
+    with pytest.raises(ValueError, match=rf"holds {left}: .*samples are missing\. Remove the folder and write"):
+        ShardSource(tmp_path)
+    (tmp_path / left).unlink()
+    assert len(ShardSource(tmp_path)) == 5  # as foreign shards, which have no manifest
+
+
+def test_an_error_after_a_whole_shard_leaves_no_source(tmp_path: Path) -> None:
+    def fail() -> None:
+        with ShardWriter(tmp_path, max_samples=1) as writer:
+            writer.write(said("<image>", "a"), [encoded(RED)])
+            writer.write(said("<image>", "a"), [encoded(RED)])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert (tmp_path / "shard-000000.tar").exists()
+    with pytest.raises(ValueError, match=r"holds unfinished\.partial: "):
+        ShardSource(tmp_path)
+
+
+def test_a_manifest_that_lists_nothing_is_not_taken_for_none(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"samples": 0, "shards": []}')
+    with pytest.raises(ValueError, match=r"shard-000000\.tar, shard-000001\.tar \(2 in all\) not in its manifest"):
+        ShardSource(tmp_path)
+
+
 def test_a_stray_shard_beside_a_manifest_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path)
     (tmp_path / "more.tar").write_bytes((tmp_path / "shard-000000.tar").read_bytes())
@@ -166,91 +221,6 @@ def test_members_that_are_not_read_are_counted(tmp_path: Path) -> None:
     source = write_shards(tmp_path)
     source._entries[0][1].members["txt"] = (0, 0)
     assert source.describe().endswith("members that are not read: 1 .txt")
-
-
-def write_json(folder: Path, records: list[dict]) -> DataConfig:
-    (folder / "images/sub").mkdir(parents=True)
-    for name in ("a.png", "sub/b.jpg"):
-        RED.save(folder / "images" / name)
-    (folder / "my.json").write_text(json.dumps(records), encoding="utf-8-sig")
-    return DataConfig(source=Kind.llava_json, path=str(folder / "my.json"), images=str(folder / "images"))
-
-
-def test_llava_json_reads_one_image_several_and_none(tmp_path: Path) -> None:
-    config = write_json(
-        tmp_path,
-        [
-            said("<image>\nWhat?", "a", image="a.png"),
-            said("<image> or <image>?", "b", image=["sub/b.jpg", "a.png"]),
-            said("Hello", "Hi", model="x"),
-            said("Hello", "Ho", image=None),
-        ],
-    )
-    assert config.path is not None
-    source = LlavaJsonSource(Path(config.path), tmp_path / "images")
-    assert [len(source[i].images) for i in range(4)] == [1, 2, 0, 0]
-    assert source[1].key == "my.json:1"
-    assert "4 of 4 records" in source.describe()
-    assert "2 without an image" in source.describe()
-
-
-@pytest.mark.parametrize(("records", "val_samples", "held_out"), [(20, 5, 5), (9, 5, 1), (10, 256, 2), (2, 256, 1)])
-def test_llava_json_holds_out_the_same_records_every_time(
-    tmp_path: Path, records: int, val_samples: int, held_out: int
-) -> None:
-    config = write_json(tmp_path, [said("Count", str(number)) for number in range(records)])
-    config.val_samples = val_samples
-    (train, val), (again, _) = open_sources(config), open_sources(config)
-    assert len(val) == held_out
-    facts = [source[i].facts[0] for source in (train, val) for i in range(len(source))]
-    assert sorted(facts, key=int) == [str(number) for number in range(records)]
-    assert train.fingerprint == again.fingerprint
-    assert train.fingerprint != val.fingerprint
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        (said("<image>", "a", image="gone.png"), r"1 of 1 images of .*my\.json are not under .*gone\.png \(record 1\)"),
-        (said("<image>", "a", image="../my.json"), r"my\.json:1: image \.\./my\.json leaves the image folder"),
-        (said("<image>", "a", image="/etc/passwd"), "leaves the image folder"),
-        (said("<image>", "a", image=7), "image is 7"),
-        (said("<image><image>", "a", image="a.png"), r"my\.json:1: 2 <image> placeholders in the text, but 1 images"),
-    ],
-)
-def test_llava_json_is_checked_when_it_is_opened(tmp_path: Path, record: dict, message: str) -> None:
-    config = write_json(tmp_path, [said("Hello", "Hi"), record])
-    with pytest.raises(ValueError, match=message):
-        open_sources(config)
-
-
-def test_an_unreadable_image_of_llava_json_names_record_and_file(tmp_path: Path) -> None:
-    config = write_json(tmp_path, [said("<image>", "a", image="a.png"), said("Hello", "Hi")])
-    (tmp_path / "images/a.png").write_bytes(b"")
-    assert config.path is not None
-    with pytest.raises(ValueError, match=r"my\.json:0, .*a\.png: cannot read this image: found an empty file"):
-        LlavaJsonSource(Path(config.path), tmp_path / "images")[0]
-
-
-def test_what_is_missing_is_named_with_the_remedy(tmp_path: Path) -> None:
-    config = write_json(tmp_path, [said("<image>", "a", image="a.png")])
-
-    def refused(message: str, **values: object) -> None:
-        base = {"source": Kind.llava_json, "path": config.path, "images": config.images}
-        with pytest.raises(ValueError, match=message):
-            open_sources(DataConfig(**{**base, **values}))  # pyright: ignore[reportArgumentType]
-
-    refused("holds one record")
-    refused(r"say data\.path=FILE\.json", path=None)
-    refused(r"nowhere\.json is not there", path=str(tmp_path / "nowhere.json"))
-    refused(r"data\.images=.*nowhere is no folder", images=str(tmp_path / "nowhere"))
-    refused(r"Say data\.images=FOLDER", images=None)
-    refused(r"a\.png is no JSON", path=str(tmp_path / "images/a.png"))
-    (tmp_path / "empty.json").write_text("[]")
-    refused(r"is not a list of records, at least one", path=str(tmp_path / "empty.json"))
-    refused(r"train is not there\. .*<data\.root>/train/\*\.tar", source=Kind.shards, root=str(tmp_path / "nowhere"))
-    (tmp_path / "hollow/train").mkdir(parents=True)
-    refused(r"train holds no \*\.tar shards", source=Kind.shards, root=str(tmp_path / "hollow"))
 
 
 def test_open_sources_writes_fine_print_once_and_opens_it_as_shards(tmp_path: Path) -> None:

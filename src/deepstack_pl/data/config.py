@@ -61,7 +61,7 @@ class DataConfig:
     root: str = "data"  # folder of what is built or downloaded; shards: the folder with train/ and val/
     path: str | None = None  # llava_json: the JSON file
     images: str | None = None  # llava_json: the folder that the records' image paths start from
-    val_samples: int = 256  # llava_json: records held out for validation, drawn by seed
+    val_samples: int = 256  # llava_json: about so many records held out for validation, drawn by seed; no image in both
     batch_size: int = 64
     workers: int = 1
     fine_print: FinePrintConfig = field(default_factory=FinePrintConfig)

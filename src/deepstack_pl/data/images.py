@@ -5,8 +5,9 @@ EXIF rotation is not applied and of an animation the first frame is taken, as LL
 
 from io import BytesIO
 
-import numpy as np
 from PIL import Image
+
+from deepstack_pl.vision.views import as_rgb
 
 MAX_PIXELS = 64_000_000  # refused from the header: a small file can unfold into gigabytes
 
@@ -65,9 +66,4 @@ def decode_image(data: bytes, where: str) -> Image.Image:
             f"{where}: an image of {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded. "
             "Scale it down, or leave it out."
         )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    return as_rgb(image)

@@ -28,11 +28,17 @@ def record_from_llava(values: dict[str, Any], images: Sequence[Image.Image], key
 
 
 def check_turns(values: dict[str, Any], images: int, key: str) -> tuple[Turn, ...]:
-    """The turns of a record with ``images`` images: human and gpt in turn, ending in an answer."""
+    """The turns of a record with ``images`` images, all shown by human: human and gpt in turn, ending in an answer."""
     conversation = values.get("conversations") if isinstance(values, dict) else None
     if not isinstance(conversation, list):
         raise ValueError(f'{key}: no list of "conversations". Write the record in LLaVA\'s format.')
     turns = [_turn(said, place, key) for place, said in enumerate(conversation)]
+    for place, turn in enumerate(turns):
+        if turn.role is Role.assistant and PLACEHOLDER in turn.text:
+            raise ValueError(
+                f"{key}: turn {place}, an answer, holds {PLACEHOLDER}: the model is shown images, it writes none. "
+                "Move the placeholder to the question, or reword the answer."
+            )
     if turns and turns[0].role is Role.assistant:
         turns = turns[1:]
     for place, turn in enumerate(turns):

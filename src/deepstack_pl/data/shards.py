@@ -22,6 +22,7 @@ from webdataset.writer import TarWriter
 from deepstack_pl.data.images import describe_bytes, sniff
 
 MANIFEST = "manifest.json"
+MARKER = "unfinished.partial"  # in a folder from the writer's first moment until its manifest is written
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -46,7 +47,7 @@ class ShardWriter:
     """Writes samples into ``shard-000000.tar``, ``shard-000001.tar``, ... and, when closed, a manifest beside them.
 
     A shard appears under its name when it is whole. Leaving the ``with`` block by an error throws the unfinished
-    shard away and writes no manifest.
+    shard away and writes no manifest; `MARKER` stays, and whoever opens the folder is told that samples are missing.
 
         with ShardWriter(Path("data/mine/train")) as writer:
             writer.write({"id": "7", "image": "cat.jpg", "conversations": [...]}, [Path("cat.jpg").read_bytes()])
@@ -58,6 +59,9 @@ class ShardWriter:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists() or any(folder.glob("*.tar")):
             raise ValueError(f"{folder} holds shards already. Write to a new folder, or empty this one first.")
+        for left in (*folder.glob(".shard-*.tar.partial"), folder / f".{MANIFEST}.partial"):
+            left.unlink(missing_ok=True)  # of a writer that was killed, in a folder that was emptied of its shards
+        (folder / MARKER).touch()
         self.folder, self.max_bytes, self.max_samples = folder, max_bytes, max_samples
         self.shards: list[ShardInfo] = []
         self._tar: TarWriter | None = None
@@ -105,11 +109,12 @@ class ShardWriter:
         return key
 
     def close(self) -> None:
-        """Finish the last shard and write the manifest."""
+        """Finish the last shard, write the manifest and take the marker away."""
         if self._tar is not None:
             self._finish_shard()
         manifest = {"samples": self._written, "shards": [asdict(shard) for shard in self.shards]}
         write_json(self.folder / MANIFEST, manifest)
+        (self.folder / MARKER).unlink(missing_ok=True)
 
     @property
     def _name(self) -> str:
@@ -143,13 +148,40 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_finished(folder: Path) -> None:
+    """Refuse a folder in which a writer, or a download, left off."""
+    left = sorted(path.name for path in folder.glob("*.partial"))
+    if left:
+        raise ValueError(
+            f"{folder} holds {', '.join(left[:3])}: its shards are still being written, or that was interrupted and "
+            "samples are missing. Remove the folder and write the shards again; if you want those that are there and "
+            "no more, remove what ends in .partial."
+        )
+
+
+def hash_shards(shards: Sequence[Path], manifest: Sequence[ShardInfo] | None) -> list[str]:
+    """The SHA-256 of every shard as it lies there, which is the one that the manifest lists where there is one."""
+    listed = {shard.name: shard.sha256 for shard in manifest or ()}
+    digests = []
+    for shard in shards:
+        found = file_sha256(shard)
+        if manifest is not None and listed[shard.name] != found:
+            raise ValueError(
+                f"{shard} has sha256 {found[:12]}..., but {shard.with_name(MANIFEST)} lists it with "
+                f"{listed[shard.name][:12]}...: it was changed or damaged after it was written. Fetch or write the "
+                "shards again; if you changed them on purpose, remove the manifest."
+            )
+        digests.append(found)
+    return digests
+
+
 def read_manifest(folder: Path) -> list[ShardInfo] | None:
     """The shards that the folder's manifest lists, each checked to be there in its size; None without a manifest."""
     path = folder / MANIFEST
     if not path.exists():
         return None
     try:
-        shards = [ShardInfo(**values) for values in json.loads(path.read_bytes())["shards"]]
+        shards = [_listed(**values) for values in json.loads(path.read_bytes())["shards"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no manifest of shards ({error}). Remove it, or write the shards again.") from error
     for shard in shards:
@@ -162,6 +194,12 @@ def read_manifest(folder: Path) -> list[ShardInfo] | None:
                 "if you changed them on purpose, remove the manifest."
             )
     return shards
+
+
+def _listed(*, name: str, samples: int, bytes: int, sha256: str) -> ShardInfo:
+    if not isinstance(name, str) or not isinstance(sha256, str):
+        raise TypeError(f"name {name!r}, sha256 {sha256!r}: both are text")
+    return ShardInfo(name, samples, bytes, sha256)
 
 
 def read_index(shard: Path) -> list[Entry]:
