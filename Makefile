@@ -10,7 +10,9 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+# Shapes and dtypes in signatures are checked while the tests run, never in production.
+TYPED := deepstack_pl.batch,deepstack_pl.stacking,deepstack_pl.vision,deepstack_pl.language,deepstack_pl.multimodal
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --jaxtyping-packages=$(TYPED),beartype.beartype
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -34,15 +34,15 @@ def draw(sweep: Path) -> Figure:
         low, high = fine["ci95"]
         error = [[fine["accuracy"] - low], [high - fine["accuracy"]]]
         right.barh(place, fine["accuracy"], color=COLOURS[name], xerr=error, capsize=3)
-        tokens = arm["tokens_per_image"]
-        right.text(0.03, place, f"{name}: {tokens['context']} in context", va="center", fontsize=8, color="black")
     for axes in (left, right):
         (axes.axhline if axes is left else axes.axvline)(0.25, color="black", lw=0.8, ls=":")
     left.set(xlabel="step", ylabel="accuracy on fine facts", ylim=(0, 1.05), title="during training (128 samples)")
-    right.set(xlim=(0, 1.05), yticks=[], xlabel="accuracy on fine facts", title="at the end, 95% intervals")
+    labels = [f"{arm['plan']['name']}\n{arm['tokens_per_image']['context']} tokens of context" for arm in arms]
+    right.set_yticks(range(len(arms)), labels, fontsize=8)
+    right.set(xlim=(0, 1.05), xlabel="accuracy on fine facts", title="at the end, 95% intervals")
     right.invert_yaxis()
     left.legend(fontsize=8)
-    left.text(0, 0.27, "chance", fontsize=8)
+    left.text(0.99, 0.27, "chance", fontsize=8, ha="right", transform=left.get_yaxis_transform())
     return figure
 
 
