@@ -18,7 +18,7 @@ from deepstack_pl.training.datamodule import DeepStackDataModule
 
 def watchers(config: ModelConfig = STACKED):
     processor = small_processor(config)
-    values = EvaluationConfig(name="small", every_steps=2, samples=4, batch_size=4, max_new_tokens=3)
+    values = EvaluationConfig(name="small", every_steps=2, samples=4, batch_size=4, max_new_tokens=9)
     validation = GenerationCallback(Pages(), processor, values, pages_per_kind=1)
     return [validation, InspectionCallback(processor, validation)]
 

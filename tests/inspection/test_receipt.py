@@ -4,10 +4,11 @@ import pytest
 import torch
 from rich.console import Console
 from small_run import FROZEN, LLM, STACKED, VISION, small_model, small_processor
+from spoiling import broken, failure
 
-from deepstack_pl.batch import PadSide
-from deepstack_pl.inspection.receipt import Receipt, ReceiptError, take_receipt
+from deepstack_pl.inspection.receipt import Receipt, take_receipt
 from deepstack_pl.language.host import InjectionHook, decoder_layers
+from deepstack_pl.language.template import TEMPLATES
 from deepstack_pl.multimodal.config import build_plan
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.stacking.config import (
@@ -47,14 +48,6 @@ SOUND = {
 
 def receipt_of(config: ModelConfig = STACKED) -> Receipt:
     return take_receipt(small_model(config), small_processor(config))
-
-
-def failure(model, processor=None, config: ModelConfig = STACKED) -> str:
-    receipt = take_receipt(model, processor or small_processor(config))
-    assert not receipt.ok
-    with pytest.raises(ReceiptError) as caught:
-        receipt.require()
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("config", SOUND.values(), ids=SOUND)
@@ -135,6 +128,20 @@ def test_taking_a_receipt_leaves_no_trace():
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
 
 
+@pytest.mark.parametrize("name", ["l", "lv", "gated_l", "gated_v"])
+def test_a_model_in_bfloat16_passes_too(name):
+    receipt = take_receipt(small_model(SOUND[name]).bfloat16(), small_processor(SOUND[name]))
+    assert receipt.ok, receipt.to_dict()
+
+
+def test_a_template_that_writes_no_text_alone_is_proven_without_a_text_only_row():
+    processor = small_processor()
+    processor.template = TEMPLATES["plain"]
+    receipt = take_receipt(small_model(), processor)
+    assert receipt.ok, receipt.to_dict()
+    assert [row.expected for row in receipt.rows] == [48] * 4
+
+
 def test_images_longer_than_a_training_sample_may_be_are_no_obstacle():
     plan = build_plan(STACKED, LLM, VISION)
     tokenizer = small_processor().tokenizer
@@ -189,25 +196,6 @@ def test_a_tower_that_injects_one_block_late_is_named():
     message = failure(model, config=config)
     assert "group 0 -> vit layer 0: it takes effect at layer 1, not at layer 0" in message
     assert "group 1 -> vit layer 1: it takes effect at layer 2, not at layer 1" in message
-
-
-class Broken(DeepStackProcessor):
-    """A processor whose batches are spoilt by ``spoil``."""
-
-    @staticmethod
-    def spoil(batch):
-        raise NotImplementedError
-
-    def collate(self, samples, side=PadSide.right):
-        batch = super().collate(samples, side)
-        self.spoil(batch)
-        return batch
-
-
-def broken(spoil, config: ModelConfig = STACKED) -> DeepStackProcessor:
-    kind = type("Spoilt", (Broken,), {"spoil": staticmethod(spoil)})
-    processor = small_processor(config)
-    return kind(processor.tokenizer, plan=processor.plan, vision=VISION, template="shipped", max_length=LLM.max_length)
 
 
 def test_positions_one_off_are_named():

@@ -12,7 +12,8 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from deepstack_pl.batch import Record
 from deepstack_pl.inspection.plots import page_figure, plan_figure, to_pixels
 from deepstack_pl.inspection.probe import quiet
-from deepstack_pl.inspection.receipt import Receipt, take_receipt
+from deepstack_pl.inspection.receipt import take_receipt
+from deepstack_pl.inspection.record import Receipt
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 
@@ -141,9 +142,8 @@ def injection_strengths(
     if not model.plan.injections:
         return {}
     batch = processor.collate([processor.prepare(record) for record in records]).to(model.device)
-    inputs: dict[str, Any] = {**batch.model_inputs(), "views": batch.views.to(model.dtype)}
     with quiet(model), torch.no_grad():
-        traces = model(**inputs, use_cache=False, record=True).record
+        traces = model(**batch.model_inputs(), use_cache=False, record=True).record
     found: dict[str, float] = {}
     for trace in traces:
         added, hidden = float(trace.added_rms), float(trace.hidden_rms)

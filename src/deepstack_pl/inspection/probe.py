@@ -6,7 +6,7 @@ Axes: ``b t`` positions, ``v`` views, ``k t`` views in the tower and their token
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,16 @@ from torch.func import functional_call
 
 from deepstack_pl.batch import MultimodalBatch, Record, Role, Turn
 from deepstack_pl.language.host import decoder_layers
+from deepstack_pl.language.template import UserText
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.stacking.config import Host
 from deepstack_pl.stacking.injection import InjectionTrace
-from deepstack_pl.stacking.plan import Injection
+from deepstack_pl.stacking.plan import Injection, Plan
+from deepstack_pl.vision.config import VisionConfig
 from deepstack_pl.vision.views import full_grid_size
 
-IMAGES = 3  # of a probe batch: none in its first row, one in its second, two in its third
+IMAGES = 3  # of a probe batch: one in one row, two in another
 _OPENED = 0.5  # what a closed gate is set to for the length of a pass
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -48,14 +50,22 @@ class Observed:
     gates: dict[str, Tensor]
 
 
+def probe_images(plan: Plan, vision: VisionConfig) -> list[Image.Image]:
+    """Images that fill the plan's largest grid, with a colour of its own for every patch: no two tokens are alike."""
+    width, height = full_grid_size(plan, vision)
+    shape = (IMAGES, height // vision.patch_size, width // vision.patch_size, 3)
+    pages = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return [Image.fromarray(page).resize((width, height), Image.Resampling.BICUBIC) for page in pages]
+
+
 def probe_batch(model: DeepStackForConditionalGeneration, processor: DeepStackProcessor) -> MultimodalBatch:
-    """Three rows, without an image, with one, and with two; every image fills the plan's largest grid."""
+    """Rows with one image and with two, after one without, unless the template cannot write that."""
     roomy = copy(processor)
     roomy.max_length = 2**31  # the probe is no training sample: two full grids may be longer than one of those
-    size = full_grid_size(model.plan, processor.vision)
-    pages = np.random.default_rng(0).integers(0, 256, (IMAGES, 8, 8, 3), dtype=np.uint8)
-    images = [Image.fromarray(page).resize(size, Image.Resampling.BICUBIC) for page in pages]
-    rows = (images[:0], images[:1], images[1:])
+    images = probe_images(model.plan, processor.vision)
+    rows = [images[:1], images[1:]]
+    if processor.template.user_text is not UserText.images_only:
+        rows.insert(0, [])
     samples = [
         roomy.prepare(
             Record(
@@ -66,8 +76,7 @@ def probe_batch(model: DeepStackForConditionalGeneration, processor: DeepStackPr
         )
         for number, row in enumerate(rows)
     ]
-    batch = roomy.collate(samples).to(model.device)
-    return replace(batch, views=batch.views.to(model.dtype))
+    return roomy.collate(samples).to(model.device)
 
 
 def run(
@@ -109,7 +118,7 @@ def owners(
     if injection.host is Host.vit:
         found[:IMAGES, like.shape[1] - tokens_per_view :] = torch.arange(IMAGES, device=like.device)[:, None]
         return found
-    slots = int((batch.input_ids[1] == image_token_id).sum())  # of the row with one image
+    slots = int((batch.input_ids == image_token_id).sum()) // IMAGES  # of each: all images are alike in size
     first = 0
     for row, ids in enumerate(batch.input_ids):
         places = (ids == image_token_id).nonzero().squeeze(-1)

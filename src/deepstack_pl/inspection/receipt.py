@@ -1,21 +1,19 @@
 """The receipt: proof, before step 0, that every injection of the plan happens, where it should, with what it should.
 
-Each injection is tried in four ways on a synthetic batch (one row without an image, one with one, one with two):
-it lands on its own images' positions and nowhere else, from its layer on; what it adds depends on the tiles of its own
-image alone; the loss has a gradient in it, down to the pixels; leaving its group out changes the logits.
+Each injection is tried in five ways on a synthetic batch (one row with one image, one with two, and one without where
+the template can write it): it lands on its own images' positions and nowhere else, from its layer on; what it adds
+depends on the tiles of its own image alone, and is at every position the token that a slow dealing of them puts there;
+the loss has a gradient in it, down to the pixels; leaving its group out changes the logits.
 
 An injection whose gate stands at zero adds nothing yet, rightly: its gate's own gradient is the proof, and everything
 else is tried with the gate opened for the length of a pass.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from deepstack_pl.batch import MultimodalBatch
+from deepstack_pl.inspection.content import dealt_groups, misdealt
 from deepstack_pl.inspection.probe import (
     IMAGES,
     Observed,
@@ -28,102 +26,26 @@ from deepstack_pl.inspection.probe import (
     with_other_tiles,
     without_group,
 )
+from deepstack_pl.inspection.record import Receipt, ReceiptError, ReceiptRow
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.stacking.config import Host, Operator
 from deepstack_pl.stacking.injection import InjectionTrace
-from deepstack_pl.stacking.plan import Injection, Plan
-
-
-class ReceiptError(RuntimeError):
-    """An injection of the plan does not happen as planned."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReceiptRow:
-    """One injection, tried.
-
-    Attributes:
-        expected: positions of the batch's images that it must touch.
-        touched: positions at which the residual stream changed (0 where its gate is closed).
-        gradient: norm of the loss's gradient in what was added; of the gate's own where that is closed.
-        logit_change: largest change of a logit when its group is left out.
-        reason: what is wrong, or worth knowing.
-    """
-
-    injection: Injection
-    expected: int
-    touched: int
-    gradient: float
-    logit_change: float
-    ok: bool
-    reason: str
-
-    def to_dict(self) -> dict[str, Any]:
-        values = {"expected": self.expected, "touched": self.touched, "gradient": self.gradient}
-        rest = {"logit_change": self.logit_change, "ok": self.ok, "reason": self.reason}
-        return {"injection": str(self.injection), **values, **rest}
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """The record of what is injected where; ``rows`` is empty where the plan is."""
-
-    plan: Plan
-    rows: tuple[ReceiptRow, ...]
-
-    @property
-    def ok(self) -> bool:
-        return all(row.ok for row in self.rows)
-
-    def require(self) -> None:
-        """Stop a run whose receipt fails.
-
-        Raises:
-            ReceiptError: names every injection that failed, and how.
-        """
-        if not self.ok:
-            failed = "\n".join(f"  {row.injection}: {row.reason}" for row in self.rows if not row.ok)
-            raise ReceiptError(f"plan {self.plan.name}: these injections do not happen as planned:\n{failed}")
-
-    def notes(self) -> list[str]:
-        """What the table does not say: an empty plan, dropped injections, idle groups."""
-        notes = [] if self.rows else ["no injections: nothing is stacked"]
-        notes += [f"dropped beyond the depth: {injection}" for injection in self.plan.dropped]
-        if self.plan.idle_groups:
-            notes.append(f"dealt but injected nowhere: groups {', '.join(map(str, self.plan.idle_groups))}")
-        return notes
-
-    def to_dict(self) -> dict[str, Any]:
-        head = {"plan": self.plan.name, "digest": self.plan.digest, "ok": self.ok}
-        return {**head, "injections": [row.to_dict() for row in self.rows], "notes": self.notes()}
-
-    def table(self) -> Table:
-        """For a terminal."""
-        table = Table(
-            title=f"receipt of plan {self.plan.name} ({self.plan.digest})", caption="\n".join(self.notes()) or None
-        )
-        columns = _COLUMNS if any(row.reason for row in self.rows) else _COLUMNS[:-1]
-        for name in columns:
-            table.add_column(name, justify="left" if name in ("injection", "note") else "right")
-        for row in self.rows:
-            table.add_row(*_cells(row)[: len(columns)], style=None if row.ok else "bold red")
-        return table
-
-    def markdown(self) -> str:
-        """For TensorBoard and reports."""
-        lines = [f"Receipt of plan {self.plan.name} ({self.plan.digest}): {'ok' if self.ok else 'FAILED'}", ""]
-        if self.rows:
-            lines += [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
-            lines += [f"| {' | '.join(_cells(row))} |" for row in self.rows] + [""]
-        return "\n".join(lines + [f"- {note}" for note in self.notes()]).rstrip()
-
-
-_COLUMNS = ("injection", "expected", "touched", "gradient", "logit change", "ok", "note")
+from deepstack_pl.stacking.plan import Injection
 
 
 def take_receipt(model: DeepStackForConditionalGeneration, processor: DeepStackProcessor) -> Receipt:
-    """Try every injection of ``model``'s plan. Leaves modes, gradients and random numbers as they were."""
+    """Try every injection of ``model``'s plan. Leaves modes, gradients and random numbers as they were.
+
+    Raises:
+        ReceiptError: ``processor`` makes its batches under another plan.
+    """
+    if processor.plan.digest != model.plan.digest:
+        raise ReceiptError(
+            f"the processor deals under plan {processor.plan.name} ({processor.plan.digest}), but the model injects "
+            f"under plan {model.plan.name} ({model.plan.digest}). Build both from the same values, or load both from "
+            "one folder."
+        )
     if not model.plan.injections:
         return Receipt(model.plan, ())
     with quiet(model):
@@ -140,6 +62,7 @@ class _Trial:
         self.batch: MultimodalBatch = probe_batch(model, processor)
         self.own, self.gates = own_gates(model), opened(own_gates(model))
         self.base = run(model, self.batch, self.gates)
+        self.dealt = dealt_groups(model, self.batch)
         # Passes are compared bit by bit, and attention without gradients takes another path: hence two of this one.
         self.graph = run(model, self.batch, self.gates, gradients=True)
         self.closed = run(model, self.batch, self.own, gradients=True) if self._closed() else None
@@ -163,6 +86,7 @@ class _Trial:
             flow,
             self._layer(injection, zeroed),
             "" if change else "leaving its group out does not change a single logit",
+            self._content(trace, owner),
         ]
         touched, notes = int(trace.touched.sum()), self._sharing(injection)
         if self.closed is not None and self._is_closed(injection):
@@ -231,6 +155,14 @@ class _Trial:
                 )
         return ""
 
+    def _content(self, trace: InjectionTrace, owner: Tensor) -> str:
+        """What is added at each position is the token that stands there in the group, dealt the slow way."""
+        injection, scale = trace.injection, None
+        if injection.operator is Operator.gated_add:
+            name, place = self._gate(injection)
+            scale = self.gates[name][place].tanh()
+        return misdealt(trace, owner, [groups[injection.group] for groups in self.dealt[injection.host]], scale)
+
     def _layer(self, injection: Injection, zeroed: Observed) -> str:
         """The first layer whose output differs without the group is the one it is injected before."""
         before, after = self.base.layers, zeroed.layers
@@ -282,8 +214,3 @@ def _landing(touched: Tensor, owner: Tensor) -> str:
 
 def _named(layer: int | None) -> str:
     return "no layer" if layer is None else f"layer {layer}"
-
-
-def _cells(row: ReceiptRow) -> list[str]:
-    numbers = [f"{row.expected}", f"{row.touched}", f"{row.gradient:.3g}", f"{row.logit_change:.3g}"]
-    return [str(row.injection), *numbers, "yes" if row.ok else "NO", row.reason]
