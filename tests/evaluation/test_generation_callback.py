@@ -1,20 +1,25 @@
 """Validation during training."""
 
 import csv
+from dataclasses import replace
 
+import lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from small_run import Pages, small_module, small_processor, small_trainer
+from small_run import TOKENIZER, Pages, small_module, small_processor, small_trainer
 
+from deepstack_pl.batch import Role, Turn
 from deepstack_pl.data.config import DataConfig
 from deepstack_pl.evaluation.callback import GenerationCallback
 from deepstack_pl.evaluation.config import EvaluationConfig
+from deepstack_pl.evaluation.runner import require_room
 from deepstack_pl.training.datamodule import DeepStackDataModule
 
 
-def validation(every, pages=2):
-    config = EvaluationConfig(name="small", every_steps=every, samples=6, batch_size=6, max_new_tokens=3)
+def validation(every, pages=2, **more):
+    values = {"samples": 6, "batch_size": 6, "max_new_tokens": 9, **more}
+    config = EvaluationConfig(name="small", every_steps=every, **values)
     return GenerationCallback(Pages(), small_processor(), config, pages_per_kind=pages)
 
 
@@ -68,3 +73,35 @@ def test_validation_changes_no_weight(tmp_path):
 def test_a_negative_interval_is_refused():
     with pytest.raises(ValueError, match=r"evaluation\.every_steps=-1"):
         validation(-1)
+
+
+def test_answers_longer_than_the_limit_are_refused_before_the_first_step(tmp_path):
+    steps = []
+
+    class Steps(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            steps.append(batch_idx)
+
+    message = r"sample 'page \d+': .* 9 tokens, but evaluation\.max_new_tokens=8.*Set evaluation\.max_new_tokens=9"
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, validation(0, max_new_tokens=8), Steps())
+    assert steps == []
+
+
+def test_only_the_samples_that_are_evaluated_must_fit():
+    class Last(Pages):
+        def __getitem__(self, index):
+            record = super().__getitem__(index)
+            text = "red " * 9 if index == 11 else "red"
+            return replace(record, turns=(*record.turns[:-1], Turn(Role.assistant, text)))
+
+    config = EvaluationConfig(name="small", samples=6, final_samples=11, max_new_tokens=2)
+    require_room(small_processor(), Last(), config)
+    with pytest.raises(ValueError, match="sample 'page 11'"):
+        require_room(small_processor(), Last(), replace(config, final_samples=12))
+
+
+def test_what_a_template_puts_after_its_end_takes_no_room():
+    processor = small_processor()
+    processor.template = replace(processor.template, assistant_suffix=f"{TOKENIZER.eos_token}\n")
+    require_room(processor, Pages(), EvaluationConfig(name="small", max_new_tokens=9))

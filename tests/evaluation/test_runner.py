@@ -10,6 +10,7 @@ from small_run import TOKENIZER, Pages, small_model, small_processor
 from deepstack_pl.batch import Role, Turn
 from deepstack_pl.evaluation.config import EvaluationConfig
 from deepstack_pl.evaluation.runner import evaluate, generate, stop_ids
+from deepstack_pl.language.template import TEMPLATES
 
 CONFIG = EvaluationConfig(name="small", samples=8, batch_size=4, max_new_tokens=6)
 
@@ -67,6 +68,48 @@ def test_predictions_hold_new_text_alone_and_end_with_the_answer(taught):
         assert "colours" not in record.prediction
         assert "<" not in record.prediction
     assert stop_ids(small_processor()) == [TOKENIZER.eos_token_id]
+
+
+def processor_with(template: str):
+    processor = small_processor()
+    processor.template = TEMPLATES[template]
+    return processor
+
+
+@pytest.mark.parametrize("template", ["shipped", "plain"])
+def test_generation_stops_at_the_token_that_ends_every_learned_answer(template):
+    processor = processor_with(template)
+    ends = {int(processor.prepare(Pages()[i]).labels[-1]) for i in range(12)}
+    assert len(ends) == 1
+    assert set(stop_ids(processor)) == ends | {TOKENIZER.eos_token_id}
+
+
+def test_a_template_of_captions_generates_until_its_line_break():
+    model, processor = small_model(), processor_with("plain")
+    (line_break,) = set(stop_ids(processor)) - {TOKENIZER.eos_token_id}
+    steps = []
+
+    def break_the_line(module, args, output):
+        steps.append(1)
+        output.logits[..., line_break] = output.logits.max() + 1
+
+    model.register_forward_hook(break_the_line)
+    assert generate(model, processor, [Pages()[0]], 6) == [""]
+    assert len(steps) == 1
+
+
+def test_a_template_that_writes_a_line_break_after_its_end_token_stops_at_the_token():
+    processor = processor_with("shipped")
+    processor.template = replace(TEMPLATES["shipped"], assistant_suffix="<assistant>\n")
+    assert stop_ids(processor) == sorted([TOKENIZER.eos_token_id, TOKENIZER.convert_tokens_to_ids("<assistant>")])
+
+
+def test_a_line_break_that_is_two_tokens_by_itself_is_found_behind_an_answer(monkeypatch):
+    """As in SentencePiece tokenizers, which put a space before what they are given."""
+    processor = processor_with("plain")
+    ids = {"a": [7, 70], "a\n": [7, 70, 13], "\n": [7, 13], "": []}
+    monkeypatch.setattr(type(TOKENIZER), "encode", lambda self, text, **kwargs: ids[text])
+    assert stop_ids(processor) == [TOKENIZER.eos_token_id, 13]
 
 
 def test_the_first_samples_are_chosen_and_no_more_than_there_are():

@@ -38,6 +38,12 @@ def fit(folder, *callbacks, steps=6, resume=None, datamodule=None, **more):
     return module, trainer
 
 
+def digest_of(folder, steps=6, **more):
+    datamodule = data(steps)
+    fit(folder, steps=steps, datamodule=datamodule, **more)
+    return datamodule.keys_digest
+
+
 def interrupt_after(step, stop=None):
     return Keys(lambda now: os.kill(os.getpid(), signal.SIGINT) if now == step else None)
 
@@ -101,19 +107,22 @@ def test_ctrl_c_inside_an_accumulation_waits_for_its_end(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(tmp_path, workers):
-    whole = Keys()
-    straight, _ = fit(tmp_path / "a", whole, datamodule=data(workers=workers))
-    first, second = interrupt_after(2), Keys()
+    whole, at_once = Keys(), data(workers=workers)
+    straight, _ = fit(tmp_path / "a", whole, datamodule=at_once)
+    first, second, going_on = interrupt_after(2), Keys(), data(workers=workers)
     fit(tmp_path / "b", first, GracefulStop(), RunCheckpoint(tmp_path / "b"), datamodule=data(workers=workers))
     resumed, trainer = fit(
         tmp_path / "b",
         second,
         RunCheckpoint(tmp_path / "b"),
         resume=tmp_path / "b" / "last.ckpt",
-        datamodule=data(workers=workers),
+        datamodule=going_on,
     )
     assert trainer.global_step == 6
     assert first.seen + second.seen == whole.seen
+    assert going_on.keys_digest == at_once.keys_digest != ""
+    saved = torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)["DeepStackDataModule"]
+    assert (saved["step"], saved["keys_digest"]) == (6, at_once.keys_digest)
     for (name, a), b in zip(straight.network.named_parameters(), resumed.network.parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -121,7 +130,66 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(tmp_path, worke
 def test_the_position_counts_what_was_trained_and_not_what_was_fetched(tmp_path):
     fit(tmp_path, interrupt_after(2), GracefulStop(), RunCheckpoint(tmp_path), datamodule=data(workers=1))
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["DeepStackDataModule"]
-    assert state == {"step": 2, "fingerprint": "two colours", "seed": 0, "batch_size": 4}
+    digest = state.pop("keys_digest")
+    identity = {"fingerprint": "two colours", "seed": 0, "batch_size": 4, "accumulate_grad_batches": 1}
+    assert state == {"step": 2, **identity}
+    assert digest == digest_of(tmp_path / "two", steps=2)
+
+
+def test_the_digest_is_of_the_batches_trained_on_and_not_of_what_settings_promise(tmp_path):
+    changes = [{}, {"accumulate_grad_batches": 2}, {"limit_train_batches": 2}, {"steps": 3}]
+    digests = [digest_of(tmp_path / str(i), **change) for i, change in enumerate(changes)]
+    assert digest_of(tmp_path / "again") == digests[0]
+    assert len({*digests, ""}) == 5
+    grouped = [digest_of(tmp_path / "b", steps=3, accumulate_grad_batches=2), digests[0]]
+    assert grouped[0] != grouped[1], "the same batches in other optimiser steps are another training"
+
+
+def test_accumulated_batches_are_counted_one_by_one_and_a_resume_goes_on_after_them(tmp_path):
+    whole, first, second = Keys(), interrupt_after(1), Keys()
+    digest = data(3)
+    fit(tmp_path / "a", whole, steps=3, datamodule=digest, accumulate_grad_batches=2)
+    fit(tmp_path / "b", first, GracefulStop(), RunCheckpoint(tmp_path / "b"), steps=3, accumulate_grad_batches=2)
+    last, going_on = tmp_path / "b" / "last.ckpt", data(3)
+    fit(tmp_path / "b", second, resume=last, steps=3, datamodule=going_on, accumulate_grad_batches=2)
+    assert first.seen + second.seen == whole.seen
+    assert (going_on.step, going_on.keys_digest) == (6, digest.keys_digest)
+
+
+def test_a_batch_whose_gradient_is_lost_has_not_been_trained_on(tmp_path):
+    keys, datamodule = Keys(), data()
+
+    def fail(step):
+        if len(keys.seen) == 3:
+            raise RuntimeError("as arranged")
+
+    keys.then = fail
+    with pytest.raises(RuntimeError, match="as arranged"):
+        fit(tmp_path, keys, RunCheckpoint(tmp_path), datamodule=datamodule, accumulate_grad_batches=2)
+    saved = torch.load(tmp_path / "exception.ckpt", weights_only=True)["DeepStackDataModule"]
+    assert saved["step"] == datamodule.step == 2
+
+
+def test_another_fit_begins_anew(tmp_path):
+    datamodule = data()
+    digests = []
+    for folder in ("a", "b"):
+        fit(tmp_path / folder, datamodule=datamodule)
+        digests.append((datamodule.step, datamodule.keys_digest))
+    assert digests[0] == digests[1]
+
+
+def test_going_on_with_another_accumulation_is_refused(tmp_path):
+    fit(tmp_path, RunCheckpoint(tmp_path), steps=1)
+    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches=1, this run has 2.*init_from"):
+        fit(tmp_path, steps=2, resume=tmp_path / "last.ckpt", accumulate_grad_batches=2)
+
+
+def test_a_checkpoint_without_its_position_is_refused():
+    state = data().state_dict()
+    del state["keys_digest"]
+    with pytest.raises(ValueError, match=r"does not say its keys_digest.*init_from"):
+        data().load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from small_run import PRETRAIN, Pages, small_model, small_module, small_processo
 
 from deepstack_pl.batch import MultimodalBatch
 from deepstack_pl.data.config import DataConfig
+from deepstack_pl.training.checkpoint import RunCheckpoint
 from deepstack_pl.training.config import OptimConfig, PartConfig, StageConfig
 from deepstack_pl.training.datamodule import DeepStackDataModule
 from deepstack_pl.training.module import DeepStackModule
@@ -27,12 +28,13 @@ class Recorder(lightning.Callback):
         self.rates.append({g["part"]: g["lr"] for g in optimizer.param_groups})
 
 
-def fit(module, folder, steps=4, **more):
+def fit(module, folder, steps=4, callbacks=(), resume=None, **more):
     data = DeepStackDataModule(
         Pages(), Pages(4), small_processor(), DataConfig(name="x", batch_size=4, workers=0), 0, steps
     )
     recorder = Recorder()
-    small_trainer(folder, steps, callbacks=[recorder], **more).fit(module, datamodule=data)
+    trainer = small_trainer(folder, steps, callbacks=[recorder, *callbacks], **more)
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return recorder
 
 
@@ -72,6 +74,20 @@ def test_each_part_warms_up_to_its_own_peak_and_decays(tmp_path):
         assert rates["vision"] == pytest.approx(rates["llm"] / 20)
         assert rates["projector"] == pytest.approx(rates["llm"] / 2)
     assert [logged["lr/llm"] for logged in recorder.logged] == pytest.approx(llm)
+
+
+def test_a_finished_run_that_is_extended_goes_on_at_the_new_schedule_from_its_first_step(tmp_path):
+    straight = fit(small_module(steps=8), tmp_path, 8).rates
+    fit(small_module(steps=4), tmp_path, 4, [RunCheckpoint(tmp_path)], enable_checkpointing=True)
+    extended = fit(small_module(steps=8), tmp_path, 8, resume=tmp_path / "last.ckpt").rates
+    assert extended == straight[4:]
+    assert extended[0]["llm"] > 0
+
+
+def test_an_ordinary_resume_keeps_every_rate_to_the_bit(tmp_path):
+    straight = fit(small_module(steps=6), tmp_path, 6).rates
+    fit(small_module(steps=6), tmp_path, 3, [RunCheckpoint(tmp_path)], enable_checkpointing=True)
+    assert fit(small_module(steps=6), tmp_path, 6, resume=tmp_path / "last.ckpt").rates == straight[3:]
 
 
 def test_frozen_parts_keep_every_bit(tmp_path):

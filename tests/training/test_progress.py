@@ -64,6 +64,24 @@ def test_time_between_steps_is_no_training_time(tmp_path):
     assert speed.last["speed/step_seconds"] < 0.2
 
 
+def test_overall_speed_covers_every_step_of_the_run_and_nothing_between_steps(tmp_path):
+    speed, start = Throughput(every_steps=4), time.perf_counter()
+    assert speed.tokens_per_second_overall is None
+    fit(tmp_path, speed, Sleeper(), pages=SlowPages(), steps=6)
+    assert 6 * 3 * 0.02 < speed.seconds_training < time.perf_counter() - start - 6 * 0.2
+    processor, pages = small_processor(), Pages()
+    lengths = [len(processor.prepare(pages[i]).input_ids) for i in range(len(pages))]
+    tokens = speed.tokens_per_second_overall * speed.seconds_training
+    assert 6 * 3 * min(lengths) <= round(tokens, 3) <= 6 * 3 * max(lengths)
+
+
+def test_a_new_session_counts_from_nothing(tmp_path):
+    speed = Throughput(every_steps=4)
+    fit(tmp_path, speed, steps=6)
+    speed.on_train_start(None, None)
+    assert (speed.seconds_training, speed.tokens_per_second_overall) == (0.0, None)
+
+
 def test_waiting_for_data_is_a_share_of_the_time(tmp_path):
     fast, slow = Throughput(every_steps=4), Throughput(every_steps=4)
     fit(tmp_path, fast)

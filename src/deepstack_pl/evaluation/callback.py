@@ -10,7 +10,7 @@ from torch import Tensor
 from deepstack_pl.batch import Record
 from deepstack_pl.data.sources import Source
 from deepstack_pl.evaluation.config import EvaluationConfig
-from deepstack_pl.evaluation.runner import Results, SampleResult, evaluate
+from deepstack_pl.evaluation.runner import Results, SampleResult, evaluate, require_room
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 
@@ -43,6 +43,14 @@ class GenerationCallback(lightning.Callback):
         self.last_step = -1
         self.last_results: Results | None = None
         self.pages: list[tuple[Record, SampleResult]] = []
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Before step 0, and not after hours of training.
+
+        Raises:
+            ValueError: an answer is longer than ``evaluation.max_new_tokens``.
+        """
+        require_room(self.processor, self.source, self.config)
 
     def on_train_batch_end(
         self,

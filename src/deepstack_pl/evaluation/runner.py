@@ -13,6 +13,7 @@ from deepstack_pl.batch import PadSide, Record, Role
 from deepstack_pl.data.sources import Source
 from deepstack_pl.evaluation.config import EvaluationConfig
 from deepstack_pl.evaluation.metrics import FactAccuracy, score
+from deepstack_pl.language.conversation import encode, encode_prompt
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor, generation_inputs
 
@@ -105,9 +106,41 @@ def generate(
 
 def stop_ids(processor: DeepStackProcessor) -> list[int]:
     """Tokens that end an answer: the tokenizer's own end, and the template's, which may be another one."""
-    end = processor.tokenizer.convert_tokens_to_ids(processor.template.assistant_suffix.strip())
-    known = isinstance(end, int) and end != processor.tokenizer.unk_token_id
-    return sorted({i for i in (processor.tokenizer.eos_token_id, end if known else None) if isinstance(i, int)})
+    tokenizer, suffix = processor.tokenizer, processor.template.assistant_suffix
+    own = tokenizer.eos_token_id
+    found = {own} if isinstance(own, int) else set()
+    for text in (suffix, suffix.strip()):  # a suffix may be a token and a line break, or a line break alone
+        # After a letter, as in an answer: by itself a line break is two tokens to some tokenizers.
+        answer, ended = (tokenizer.encode(t, add_special_tokens=False) for t in ("a", f"a{text}"))
+        end = ended[len(answer) :]
+        if ended[: len(answer)] == answer and len(end) == 1 and end[0] != tokenizer.unk_token_id:
+            return sorted(found | {end[0]})
+    return sorted(found)
+
+
+def require_room(processor: DeepStackProcessor, source: Source, config: EvaluationConfig) -> None:
+    """Refuse a limit that would cut right answers short, and so score them wrong. Looks at text alone.
+
+    Raises:
+        ValueError: the longest answer among those that will be asked for is longer than ``config.max_new_tokens``.
+    """
+    count = min(max(config.samples, config.final_samples), len(source))
+    records, stops = (source[index] for index in range(count)), stop_ids(processor)
+    length, key = max(((_answer_length(processor, record, stops), record.key) for record in records), default=(0, ""))
+    if length > config.max_new_tokens:
+        raise ValueError(
+            f"sample {key!r}: its answer and its end are {length} tokens, but evaluation.max_new_tokens="
+            f"{config.max_new_tokens}: a right answer would be cut short and scored as wrong. Set "
+            f"evaluation.max_new_tokens={length}, which is enough for all {count} samples that are evaluated."
+        )
+
+
+def _answer_length(processor: DeepStackProcessor, record: Record, stops: list[int]) -> int:
+    """Tokens that generating the answer of ``record`` takes, the one that ends it included."""
+    _answer(record)
+    whole = encode(record.turns, processor.template, processor.tokenizer).input_ids
+    ids = whole[len(encode_prompt(record.turns[:-1], processor.template, processor.tokenizer)) :]
+    return next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))
 
 
 @contextmanager
@@ -123,12 +156,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _result(index: int, record: Record, prediction: str) -> SampleResult:
+def _answer(record: Record) -> str:
     if record.turns[-1].role is not Role.assistant:
         raise ValueError(
             f"sample {record.key!r} ends without an answer: there is nothing to compare a prediction with."
         )
-    answer = record.turns[-1].text.strip()
+    return record.turns[-1].text.strip()
+
+
+def _result(index: int, record: Record, prediction: str) -> SampleResult:
+    answer = _answer(record)
     facts = record.facts or (answer,)
     return SampleResult(
         index=index,

@@ -4,11 +4,14 @@ The position is the datamodule's and not the loader's: Lightning restores a load
 epoch, and gives rank 0's to every rank.
 """
 
+import hashlib
+import json
 import warnings
 from typing import Any
 
 import lightning
 
+from deepstack_pl.batch import MultimodalBatch
 from deepstack_pl.data.config import DataConfig
 from deepstack_pl.data.sources import Source
 from deepstack_pl.data.stream import train_loader
@@ -21,6 +24,9 @@ class DeepStackDataModule(lightning.LightningDataModule):
 
     There is no validation loader: validation generates, which is evaluation's callback's own affair; ``val`` is kept
     for it.
+
+    What has been trained on is counted here, batch by batch, and not concluded from Trainer's numbers. A batch counts
+    once the optimiser has stepped on it: the gradients of an accumulation broken off are in no checkpoint.
     """
 
     def __init__(
@@ -33,18 +39,52 @@ class DeepStackDataModule(lightning.LightningDataModule):
         self.config = config
         self.seed = seed
         self.max_steps = max_steps
-        self.start_step = 0
         self._loader: TimedLoader | None = None
+        self._begin()
+
+    def _begin(self, step: int = 0, keys_digest: str = "") -> None:
+        self.start_step = self._trained = step
+        self._digest = keys_digest
+        self._pending: list[list[str]] = []  # keys of batches that the optimiser has not been seen to step on
+        self._optimizer_steps = 0
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self._begin()  # another fit begins anew; a checkpoint is loaded after this
 
     @property
     def step(self) -> int:
         """Batches that have been trained on; what workers have fetched ahead does not count."""
-        if self.trainer is None or not self.trainer.optimizers:
-            return self.start_step
-        return self.trainer.global_step * self.trainer.accumulate_grad_batches
+        self._count()
+        return self._trained
+
+    @property
+    def keys_digest(self) -> str:
+        """A running hash of the keys of all samples trained on, by batch and optimiser step; empty before the first.
+
+        Equal for two runs that took the same optimiser steps on the same batches, whatever their settings promise.
+        """
+        self._count()
+        return self._digest
+
+    def on_before_batch_transfer(self, batch: MultimodalBatch, dataloader_idx: int) -> MultimodalBatch:
+        """Lightning's last word on a batch before it is trained on."""
+        if self.trainer is not None and self.trainer.training:
+            self._count()
+            self._pending.append(list(batch.keys))
+        return batch
+
+    def _count(self) -> None:
+        """Settle what is pending, if the optimiser has stepped since the last look."""
+        steps = self.trainer.global_step if self.trainer is not None else 0
+        if self._pending and steps != self._optimizer_steps:
+            self._digest = hashlib.sha256(json.dumps([self._digest, self._pending]).encode()).hexdigest()
+            self._trained += len(self._pending)
+            self._pending = []
+        self._optimizer_steps = steps
 
     def train_dataloader(self) -> TimedLoader:
-        steps = self.max_steps * (self.trainer.accumulate_grad_batches if self.trainer else 1)
+        steps = self.max_steps * self._accumulate
         loader = train_loader(
             self.train,
             self.processor.prepare,
@@ -65,28 +105,49 @@ class DeepStackDataModule(lightning.LightningDataModule):
         self.teardown("fit")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, **self._identity()}
+        return {"step": self.step, "keys_digest": self.keys_digest, **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after the batches that were trained.
 
         Raises:
-            ValueError: the data, the seed or the batch size are not those of the checkpoint.
+            ValueError: the data, the seed, the batch size or the accumulation are not those of the checkpoint.
         """
-        for name, here in self._identity().items():
-            there = state_dict[name]
-            if there != here:
+        here = self._identity()
+        missing = {"step", "keys_digest", *here} - set(state_dict)
+        if missing:
+            raise ValueError(
+                f"the checkpoint does not say its {', '.join(sorted(missing))}: it was written by another version of "
+                "this program. Start a new run from its weights with init_from."
+            )
+        for name, value in here.items():
+            if state_dict[name] != value:
+                setting = _SETTINGS[name]
                 raise ValueError(
-                    f"the checkpoint was trained with {_SETTINGS[name]}={there}, this run has {here}: the order of "
-                    f"samples would not go on where it stopped. Restore {_SETTINGS[name]}, or start a new run from its "
+                    f"the checkpoint was trained with {setting}={state_dict[name]}, this run has {value}: the order of "
+                    f"samples would not go on where it stopped. Restore {setting}, or start a new run from its "
                     "weights with init_from."
                 )
-        self.start_step = state_dict["step"]
+        self._begin(state_dict["step"], state_dict["keys_digest"])
         # Lightning looks for the position in the loader and would say that it is lost.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 
+    @property
+    def _accumulate(self) -> int:
+        return self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+
     def _identity(self) -> dict[str, Any]:
-        return {"fingerprint": self.train.fingerprint, "seed": self.seed, "batch_size": self.config.batch_size}
+        return {
+            "fingerprint": self.train.fingerprint,
+            "seed": self.seed,
+            "batch_size": self.config.batch_size,
+            "accumulate_grad_batches": self._accumulate,
+        }
 
 
-_SETTINGS = {"fingerprint": "data fingerprint", "seed": "seed", "batch_size": "data.batch_size"}
+_SETTINGS = {
+    "fingerprint": "data fingerprint",
+    "seed": "seed",
+    "batch_size": "data.batch_size",
+    "accumulate_grad_batches": "trainer.accumulate_grad_batches",
+}

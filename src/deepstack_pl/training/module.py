@@ -7,6 +7,7 @@ import lightning
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch
@@ -59,6 +60,18 @@ class DeepStackModule(lightning.LightningModule):
         """The model, built."""
         assert self.model is not None, "configure_model has not run"
         return self.model
+
+    def on_train_start(self) -> None:
+        """Rates as this run's schedule says: a checkpoint brings those of the schedule that it was saved under, and
+        the first step after a resume with another max_steps would still be made at them.
+        """
+        (config,) = self.trainer.lr_scheduler_configs
+        schedule = config.scheduler
+        assert isinstance(schedule, LambdaLR)
+        rates = [b * at(schedule.last_epoch) for b, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
 
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         loss = self.network(**batch.model_inputs(), use_cache=False).loss

@@ -56,6 +56,7 @@ class Throughput(lightning.Callback):
 
     Attributes:
         last: the newest window's values, by their logged names.
+        seconds_training: time of all of this session's steps, waiting for data included; nothing else.
     """
 
     def __init__(self, every_steps: int = 10) -> None:
@@ -63,12 +64,16 @@ class Throughput(lightning.Callback):
             raise ValueError(f"every_steps={every_steps}: a window holds at least one step.")
         self.every_steps = every_steps
         self.last: dict[str, float] = {}
-        self._tokens: Tensor | None = None  # summed on the device: reading it every step would wait for the device
-        self._samples = self._steps = 0
-        self._seconds = self._waited_before = self._start = 0.0
+        self._begin()
+
+    @property
+    def tokens_per_second_overall(self) -> float | None:
+        """Tokens a second over all of this session's steps; None before the first."""
+        tokens = self._tokens_before + (0 if self._tokens is None else int(self._tokens))
+        return tokens / self.seconds_training if self.seconds_training else None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._waited_before = 0.0
+        self._begin()
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: MultimodalBatch, batch_idx: int
@@ -87,27 +92,45 @@ class Throughput(lightning.Callback):
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
         self._samples += len(batch.keys)
         self._steps += 1
-        if self._steps < self.every_steps:
-            self._seconds += time.perf_counter() - self._start
-            return
-        count = int(self._tokens)  # waits for the device, so that the clock is read after the work is done
-        self._seconds += time.perf_counter() - self._start
-        self._report(trainer, pl_module, count)
+        full = self._steps >= self.every_steps
+        if full or trainer.global_step >= trainer.max_steps:
+            int(self._tokens)  # waits for the device, so that the clock is read after the work is done
+        seconds, waited = time.perf_counter() - self._start, self._newly_waited(trainer)
+        self._seconds += seconds
+        self._waited += waited
+        self.seconds_training += seconds + waited
+        if full:
+            self._report(trainer, pl_module, int(self._tokens))
+
+    def _begin(self) -> None:
+        self.seconds_training = self._waited_before = self._start = 0.0
+        self._tokens_before = 0  # those of the windows that are over
+        self._next_window()
+
+    def _next_window(self) -> None:
+        self._tokens: Tensor | None = None  # summed on the device: reading it every step would wait for the device
+        self._samples = self._steps = 0
+        self._seconds = self._waited = 0.0
+
+    def _newly_waited(self, trainer: lightning.Trainer) -> float:
+        loader = trainer.train_dataloader
+        if not isinstance(loader, TimedLoader):
+            return 0.0
+        before, self._waited_before = self._waited_before, loader.waited
+        return loader.waited - before
 
     def _report(self, trainer: lightning.Trainer, module: lightning.LightningModule, tokens: int) -> None:
-        loader = trainer.train_dataloader
-        waited = loader.waited - self._waited_before if isinstance(loader, TimedLoader) else 0.0
-        total = self._seconds + waited
+        total = self._seconds + self._waited
         self.last = {
             "speed/tokens_per_second": tokens / total,
             "speed/samples_per_second": self._samples / total,
             "speed/step_seconds": self._seconds / self._steps,
         }
         shown = {"tok/s": self.last["speed/tokens_per_second"]}
-        if isinstance(loader, TimedLoader):
-            self._waited_before = loader.waited
-            self.last["speed/data_wait_share"] = shown["wait"] = waited / total
+        if isinstance(trainer.train_dataloader, TimedLoader):
+            self.last["speed/data_wait_share"] = shown["wait"] = self._waited / total
         for logger in trainer.loggers:  # not through the module: Lightning would drop what falls between its own steps
             logger.log_metrics(self.last, step=trainer.global_step)
         module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
-        self._tokens, self._samples, self._steps, self._seconds = None, 0, 0, 0.0
+        self._tokens_before += tokens
+        self._next_window()
