@@ -111,9 +111,8 @@ def test_several_questions_are_answered_as_each_one_alone() -> None:
         assert torch.equal(ids[row], model.generate(**alone, **arguments)[0, alone["input_ids"].shape[1] :])
     with pytest.raises(ValueError, match="3 questions, but image lists for 1"):
         made(questions, [[]])
-    for asked, given in (("<image>?", picture(0, 64, 64)), (["<image>?", "<image>!"], [picture(0, 64, 64)] * 2)):
-        with pytest.raises(ValueError, match="give each question a list of images"):
-            made(asked, given)
+    with pytest.raises(ValueError, match="give each question a list of images"):
+        made(["<image>?", "<image>!"], [picture(0, 64, 64)] * 2)
 
 
 def test_padding_never_points_at_an_image_nor_counts_as_a_label() -> None:

@@ -4,7 +4,6 @@ notebooks share it.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
 from PIL import Image
 from torch import Tensor
@@ -40,7 +39,7 @@ class DeepStackProcessor:
         return self.vision.patches_per_side**2
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
+    def from_pretrained(cls, folder: str | Path) -> "DeepStackProcessor":
         """The processor of a run's or an exported folder: tokenizer files and config.json."""
         config = DeepStackConfig.from_pretrained(folder)
         return cls(
