@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from deepstack_pl.cli.folders import LATEST, checkpoint_of, claim, newest, remember
-from deepstack_pl.cli.resume import asked_for, prepare
+from deepstack_pl.cli.resume import asked_for, prepare, step_of
 from deepstack_pl.config.load import save
 from deepstack_pl.config.overrides import parse
 from deepstack_pl.config.run import RunConfig
@@ -63,7 +64,6 @@ def test_last_is_the_run_that_latest_names() -> None:
     assert resumed.folder == old
     assert resumed.checkpoint == old / "checkpoints" / "last.ckpt"
     assert go_on(f"ckpt_path={new}").folder == new
-    assert go_on(f"ckpt_path={new}/checkpoints/last.ckpt").folder == new
 
 
 def test_without_latest_the_newest_run_is_found_in_a_sweep_too() -> None:
@@ -92,6 +92,35 @@ def test_only_single_values_may_change(change: str) -> None:
     remember(a_run(Path("outputs/a")))
     with pytest.raises(ValueError, match=r"Write KEY\.NAME=VALUE"):
         go_on("ckpt_path=last", change)
+
+
+def test_a_checkpoint_that_is_named_is_the_one_used() -> None:
+    folder = a_run(Path("outputs/a"))
+    named = folder / "checkpoints" / "step-20.ckpt"
+    with pytest.raises(ValueError, match=r"there is no such file. Checkpoints of this run: last.ckpt"):
+        go_on(f"ckpt_path={named}")
+    named.write_bytes(b"")
+    assert go_on(f"ckpt_path={named}").checkpoint == named
+
+
+def test_the_step_is_the_checkpoints_own() -> None:
+    torch.save({"global_step": 7}, "a.ckpt")
+    assert step_of(Path("a.ckpt")) == 7
+    Path("b.ckpt").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"b\.ckpt cannot be read as a checkpoint"):
+        step_of(Path("b.ckpt"))
+
+
+def test_accumulation_may_not_change() -> None:
+    remember(a_run(Path("outputs/a")))
+    with pytest.raises(ValueError, match="accumulate_grad_batches=2 with ckpt_path: outputs/a was trained with 1"):
+        go_on("ckpt_path=last", "+trainer.accumulate_grad_batches=2")
+    assert go_on("ckpt_path=last", "+trainer.accumulate_grad_batches=1")
+
+
+def test_only_one_run_is_gone_on_with() -> None:
+    with pytest.raises(ValueError, match="ckpt_path=a,b: a start goes on with one run"):
+        go_on("ckpt_path=a,b")
 
 
 def test_flags_do_not_go_with_it() -> None:

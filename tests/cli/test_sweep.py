@@ -10,6 +10,8 @@ from rich.console import Console
 from deepstack_pl.cli.report import duration, print_report, write_failure
 from deepstack_pl.cli.sweep import fairness, read_arms, report
 
+DATA = {"order_digest": "order", "fingerprint": {"train": "t", "val": "v"}}
+
 
 def results(accuracy: float, **changes: Any) -> dict[str, Any]:
     kind = {"accuracy": accuracy, "ci95": [accuracy - 0.05, accuracy + 0.05], "exact_match": 0.1}
@@ -24,7 +26,8 @@ def results(accuracy: float, **changes: Any) -> dict[str, Any]:
         "steps": 300,
         "max_steps": 300,
         "interrupted": False,
-        "data": {"order_digest": "order"},
+        "init_from": None,
+        "data": DATA,
         "init_digest": {"vision": "v", "projector": "p", "llm": "l"},
         "architecture_digest": {"vision": "V", "projector": "P", "llm": "L"},
         **changes,
@@ -60,6 +63,7 @@ def test_arms_that_differ_only_in_the_plan_are_called_fair(tmp_path: Path) -> No
     arms = read_arms(a_sweep(tmp_path, {"a": results(0.9), "b": results(0.2)}))
     assert fairness(arms) == [
         "all arms: same samples in the same order",
+        "all arms: same validation samples",
         "all arms: same initial weights (llm)",
         "all arms: same initial weights (projector)",
         "all arms: same initial weights (vision)",
@@ -68,10 +72,37 @@ def test_arms_that_differ_only_in_the_plan_are_called_fair(tmp_path: Path) -> No
 
 
 def test_another_order_or_other_initial_weights_are_called_out(tmp_path: Path) -> None:
-    other = results(0.2, data={"order_digest": "other"}, init_digest={"vision": "v", "projector": "q", "llm": "l"})
+    other = results(
+        0.2, data={**DATA, "order_digest": "other"}, init_digest={"vision": "v", "projector": "q", "llm": "l"}
+    )
     lines = fairness(read_arms(a_sweep(tmp_path, {"a": results(0.9), "b": other})))
     assert "all arms: NOT the same samples in the same order (a order, b other)" in lines
     assert "all arms: NOT the same initial weights (projector) (a p, b q)" in lines
+
+
+def test_other_validation_samples_are_called_out(tmp_path: Path) -> None:
+    other = results(0.2, data={**DATA, "fingerprint": {"train": "t", "val": "w"}})
+    lines = fairness(read_arms(a_sweep(tmp_path, {"a": results(0.9), "b": other})))
+    assert "all arms: NOT the same validation samples (a v, b w)" in lines
+
+
+def test_arms_that_did_not_finish_are_not_compared(tmp_path: Path) -> None:
+    arms = {"a": results(0.9), "b": results(0.2), "c": results(0.1, status="interrupted", steps=7, metrics={})}
+    a_sweep(tmp_path, arms)
+    write_failure(tmp_path / "d", [], "the sweep was interrupted before it", "not started")
+    lines = fairness(read_arms(tmp_path))
+    assert "all arms that finished: same samples in the same order" in lines
+    assert "all arms that finished: same number of steps" in lines
+    assert "interrupted: c: at step 7" in lines
+    assert "not started: d: the sweep was interrupted before it" in lines
+    report(tmp_path, Console(record=True, width=140))
+
+
+def test_a_sweep_of_dry_runs_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "sweeps" / "s").mkdir(parents=True)
+    (tmp_path / "sweeps" / "s" / "multirun.yaml").write_text("")
+    report(tmp_path / "sweeps" / "s", Console())
+    assert not (tmp_path / "sweeps").exists()
 
 
 def test_parts_of_another_architecture_are_compared_among_themselves(tmp_path: Path) -> None:
@@ -97,6 +128,8 @@ def test_a_failed_arm_is_listed_and_keeps_what_it_had_found(tmp_path: Path) -> N
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     console = Console(record=True, width=140)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"")
     print_report(console, results(0.5, interrupted=True, steps=12), tmp_path)
     text = console.export_text()
     assert "80 seen, 16 in the context" in text

@@ -7,18 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import CONF, SMALL, TINY
+
+from deepstack_pl.cli import run as cli_run
+from deepstack_pl.cli.provenance import weight_digests
+from deepstack_pl.cli.train import main
+from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 
 ROOT = Path(__file__).parents[2]
-SMALL = (
-    "data.batch_size=4",
-    "data.workers=0",
-    "data.fine_print.train_pages=8",
-    "data.fine_print.val_pages=4",
-    "evaluation=final",
-    "evaluation.final_samples=4",
-    "evaluation.max_new_tokens=4",
-    "trainer.max_steps=3",
-)
 
 
 def train(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -73,6 +70,55 @@ def test_a_key_misspelt_in_a_users_own_plan_is_named(tmp_path: Path) -> None:
     assert done.stderr == "conf's model/early: Unknown key model.strat_layer. Did you mean model.start_layer?\n"
 
 
+def test_a_users_own_plan_without_a_name_is_told_where_to_write_it(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "early.yaml").write_text("start_layer: 0\n")
+    done = train("model=early", "--config-dir", "mine", "dry_run=true", cwd=tmp_path)
+    assert done.stderr == (
+        "model.name is not given: mine/model/early.yaml lacks it. Write `name: early` into that file.\n"
+    )
+
+
+def test_a_users_option_of_a_stock_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "baseline.yaml").write_text("name: baseline\n")
+    done = train("model=baseline", "--config-dir", "mine", "dry_run=true", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "two options of one name" in done.stderr
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "model=baseline,deepstack_l"]])
+def test_a_second_ctrl_c_ends_with_its_exit_status(
+    sweep: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(CONF, [*sweep, *TINY, "+callbacks.twice={_target_: tiny_run.CtrlCTwice}"]) == 130
+    assert json.loads((latest(tmp_path) / "results.json").read_text())["status"] == "interrupted"
+    assert bool(list(tmp_path.glob("outputs/sweeps/*/report.md"))) is bool(sweep)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)])
+def test_ctrl_c_anywhere_leaves_the_sweeps_report(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object, **__: object) -> bool:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli_run, "execute", stopped)
+    assert main(CONF, ["-m", "model=baseline,deepstack_l,deepstack_v", *TINY]) == 130
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    arms = json.loads((sweep / "sweep.json").read_text())["arms"]
+    assert [arm["status"] for arm in arms] == ["interrupted", "not started", "not started"]
+    assert "not started: model=deepstack_v" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_a_sweep_leaves_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(CONF, ["-m", "model=baseline,deepstack_l", "model.start_layer=1,50", "dry_run=true"]) == 1
+    assert not list((tmp_path / "outputs").iterdir())
+
+
 def test_dry_run_prints_the_plan_and_the_parts_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "early.yaml").write_text("name: early\nstart_layer: 0\n")
@@ -107,15 +153,36 @@ def test_a_run_leaves_all_that_explains_it_and_can_be_gone_on_with(tmp_path: Pat
     assert latest(tmp_path) == folder
     after = json.loads((folder / "results.json").read_text())
     assert after["steps"] == 5
-    assert len(after["commands"]) == 2
+    assert len(after["starts"]) == 2
     assert after["init_digest"] == results["init_digest"]
 
 
 @pytest.mark.slow
 def test_a_run_starts_from_anothers_weights(tmp_path: Path) -> None:
     assert train(*SMALL, "stage=pretrain", cwd=tmp_path).returncode == 0
-    done = train(*SMALL, "stage=finetune", f"init_from={latest(tmp_path)}", cwd=tmp_path)
+    first = latest(tmp_path)
+    done = train(*SMALL, "stage=finetune", f"init_from={first}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    drawn, begun = (json.loads((folder / "results.json").read_text()) for folder in (first, latest(tmp_path)))
+    left = weight_digests(DeepStackForConditionalGeneration.from_pretrained(first))["init_digest"]
+    assert begun["init_digest"] == left
+    assert left["projector"] != drawn["init_digest"]["projector"]  # it had learned
+    assert left["llm"] == drawn["init_digest"]["llm"]  # it was frozen
+
+
+@pytest.mark.slow
+def test_debug_learns_its_batch_and_passes_through_every_path(tmp_path: Path) -> None:
+    done = train("experiment=debug", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = latest(tmp_path)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["status"] == "finished"
+    assert json.loads((folder / "receipt.json").read_text())["ok"]
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    curves = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
+    loss = curves.Scalars("train/loss")
+    assert loss[-1].value < 0.5 < loss[0].value
+    assert any("pages" in tag for tag in curves.Tags()["images"]), curves.Tags()["images"]
 
 
 @pytest.mark.slow
@@ -124,8 +191,8 @@ def test_a_sweep_lists_its_arms_and_the_failed_one_too(tmp_path: Path) -> None:
     assert done.returncode == 1
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     text = (sweep / "report.md").read_text()
-    assert "all arms: same samples in the same order" in text
-    assert "all arms: same initial weights (llm)" in text
+    assert "all arms that finished: same samples in the same order" in text
+    assert "all arms that finished: same initial weights (llm)" in text
     assert "- failed: model.start_layer=50: 4 groups from layer 50" in text
     assert not (tmp_path / "multirun").exists()
 

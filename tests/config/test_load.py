@@ -1,5 +1,6 @@
 """conf/ composes, and what a user misspells is named."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +96,8 @@ def test_a_misspelt_key_is_named_with_the_near_miss(form: str) -> None:
         ("trainer.max_step=3", "Did you mean trainer.max_steps?"),
         ("llm.architecture.num_hiden_layers=3", "Did you mean llm.architecture.num_hidden_layers?"),
         ("callbacks.checkpoint.every_step=3", "Did you mean callbacks.checkpoint.every_steps?"),
+        ("+modle.x=1", "Did you mean model?"),
+        ("hydra.swep.dir=x", "Could not override 'hydra.swep.dir'"),
         ("lm=phi3", "Did you mean llm?"),
         ("model.zzz=1", "model has name, tiles, grid,"),
         ("model.injections=[{layr: 2, group: 1}]", "Did you mean layer?"),
@@ -135,6 +138,16 @@ def test_an_open_section_takes_a_key_that_is_no_slip() -> None:
         (["~trainer.max_steps"], "trainer.max_steps=None"),
         (["data.batch_size=0"], "data.batch_size=0"),
         (["evaluation.confidence=95"], "evaluation.confidence=95"),
+        (["seed=-1"], "seed=-1: seeds count from 0"),
+        (["optim.warmup_ratio=3"], "optim.warmup_ratio=3.0"),
+        (["optim.betas=[0.9]"], "optim.betas=[0.9]: AdamW takes two values"),
+        (["optim.betas=[0.9,1.0]"], "from 0 to below 1"),
+        (["evaluation.samples=0"], "evaluation.samples=0"),
+        (["evaluation.final_samples=0"], "evaluation.final_samples=0"),
+        (["evaluation.max_new_tokens=0"], "evaluation.max_new_tokens=0"),
+        (["vision.heads=5"], "vision.heads=5 does not divide vision.width=64"),
+        (["data.path=x.json"], "data.path=x.json: data.source=fine_print does not read it. Say data=llava_json"),
+        (["data=shards", "data.images=pictures"], "data.images=pictures: data.source=shards does not read it"),
         (["llm.init=pretrained"], "llm.checkpoint is not given"),
         (["vision.init=pretrained"], "vision.open_clip_model"),
         (["ckpt_path=last"], "on the command line alone"),
@@ -168,6 +181,16 @@ def test_options_come_from_the_users_own_folder_too(tmp_path: Path) -> None:
     (tmp_path / "model" / "mine.yaml").write_text("name: mine\n")
     assert "mine" in Schema((CONF, tmp_path)).options("model")
     assert "Did you mean mine?" in refusal("model=mien", folders=(CONF, tmp_path))
+
+
+def test_an_option_in_both_folders_is_refused_with_both_files(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    mine = tmp_path / "model" / "deepstack_l.yaml"
+    mine.write_text("name: deepstack_l\n")
+    with pytest.raises(ValueError, match=re.escape(f"{mine} and {CONF / 'model' / 'deepstack_l.yaml'}")):
+        Schema((CONF, tmp_path)).refuse_namesakes()
+    mine.rename(tmp_path / "model" / "mine.yaml")
+    Schema((CONF, tmp_path)).refuse_namesakes()
 
 
 def test_the_typed_tree_is_registered_once() -> None:

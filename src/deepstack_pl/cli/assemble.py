@@ -1,7 +1,5 @@
 """From a RunConfig to everything that takes part in a run: the only place that sees all rooms."""
 
-import difflib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from hydra.utils import get_method, instantiate
+from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from transformers.models.auto import CONFIG_MAPPING
 
+from deepstack_pl.cli.checks import check_vocabulary
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.data.sources import Source, open_sources
 from deepstack_pl.evaluation.callback import GenerationCallback
 from deepstack_pl.inspection.callback import InspectionCallback
-from deepstack_pl.language.config import LLMConfig, LLMInit
+from deepstack_pl.language.config import LLMInit
 from deepstack_pl.language.conversation import load_tokenizer
-from deepstack_pl.multimodal.build import build_model, load_weights
+from deepstack_pl.multimodal.build import build_model, checkpoint_config, load_weights
 from deepstack_pl.multimodal.config import build_plan
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
@@ -29,7 +27,9 @@ from deepstack_pl.training.datamodule import DeepStackDataModule
 from deepstack_pl.training.guard import FirstStepGuard
 from deepstack_pl.training.interrupt import GracefulStop
 from deepstack_pl.training.module import DeepStackModule
+from deepstack_pl.training.parts import part_configs
 from deepstack_pl.training.throughput import Throughput
+from deepstack_pl.vision.config import VisionInit
 
 _SHIPPED = "shipped"
 
@@ -48,41 +48,33 @@ class Assembly:
     stop: GracefulStop
 
     @property
-    def throughput(self) -> dict[str, float]:
-        """The newest window's speed; empty where no callback measures it."""
+    def throughput(self) -> Throughput | None:
+        """What measures speed; None where conf leaves it out."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it in a connector
-        return next((c.last for c in callbacks if isinstance(c, Throughput)), {})
+        return next((c for c in callbacks if isinstance(c, Throughput)), None)
 
 
 def settle(run: RunConfig) -> list[str]:
-    """Settle in ``run`` what follows from its other values; a note for each change.
-
-    Raises:
-        ValueError: an architecture holds a key that its family does not know.
-    """
-    check_architecture(run.llm)
+    """Settle in ``run`` what follows from its other values; a note for each change, and for what looks like a slip."""
+    notes = [
+        f"{part}: frozen, although its weights are random and nothing comes before them. Give init_from=RUN, or say "
+        f"stage.{part}.trained=true."
+        for part in _drawn(run)
+        if not part_configs(run.stage)[part].trained and not run.init_from
+    ]
     if run.llm.init is LLMInit.random and run.llm.checkpoint and run.llm.template != _SHIPPED:
-        note = (
+        notes.append(
             f"llm.init=random: text is written with the shipped tokenizer and template, not with {run.llm.template}, "
             f"whose tokens come with the weights of {run.llm.checkpoint}."
         )
         run.llm.template = _SHIPPED
-        return [note]
-    return []
+    return notes
 
 
-def check_architecture(llm: LLMConfig) -> None:
-    """Hugging Face keeps an unknown key in silence; here it is refused."""
-    if llm.family not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(llm.family, list(CONFIG_MAPPING), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"llm.family={llm.family}: transformers knows no such model type.{hint}")
-    known = {*CONFIG_MAPPING[llm.family]().to_dict(), "rope_theta", "rope_scaling"}  # the last two: older spellings
-    for key in llm.architecture:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean llm.architecture.{near[0]}?" if near else ""
-            raise ValueError(f"Unknown key llm.architecture.{key}: a {llm.family} has no such value.{hint}")
+def _drawn(run: RunConfig) -> list[str]:
+    """The parts whose weights are drawn at random; the projector's always are."""
+    drawn = {"vision": run.vision.init is VisionInit.random, "projector": True, "llm": run.llm.init is LLMInit.random}
+    return [part for part, random in drawn.items() if random]
 
 
 def model_builder(run: RunConfig, image_token_id: int, *, fresh: bool = True) -> Callable[..., Any]:
@@ -108,6 +100,8 @@ def model_builder(run: RunConfig, image_token_id: int, *, fresh: bool = True) ->
 def make_processor(run: RunConfig) -> DeepStackProcessor:
     """The processor of ``run``; a randomly initialised LLM speaks the shipped tokenizer."""
     pretrained = run.llm.init is LLMInit.pretrained
+    if pretrained:
+        checkpoint_config(run.llm)  # its error says more than a missing tokenizer's would
     return DeepStackProcessor(
         load_tokenizer(run.llm.checkpoint if pretrained else None),
         plan=build_plan(run.model, run.llm, run.vision),
@@ -123,9 +117,9 @@ def assemble(run: RunConfig, folder: Path, *, fresh: bool = True) -> Assembly:
     Raises:
         ValueError: data, weights or a tokenizer are not at hand, or the Trainer does not take what it is given.
     """
-    _check_arguments(run)
     steps = run.trainer["max_steps"]
     processor = make_processor(run)
+    check_vocabulary(run, processor)
     train, val = open_sources(run.data)  # after what is quick to refuse: it may write a whole set
     build = model_builder(run, processor.image_token_id, fresh=fresh)
     module = DeepStackModule(build, run.stage, run.optim, steps)
@@ -171,22 +165,14 @@ def build_trainer(
         "default_root_dir": str(folder),
         "gradient_clip_val": run.optim.clip_norm or None,
         "max_epochs": -1,
+        "devices": 1,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
-        "enable_checkpointing": "checkpoint" in run.callbacks,
-        "enable_progress_bar": "progress" in run.callbacks,
+        "enable_checkpointing": bool(run.callbacks.get("checkpoint")),
+        "enable_progress_bar": bool(run.callbacks.get("progress")),
     }
     try:
         return make(**{**ours, **make.keywords, **more})
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ValueError(f"trainer: {error} Check trainer= and strategy=.") from error
-
-
-def _check_arguments(run: RunConfig) -> None:
-    known = inspect.signature(get_method(run.trainer["_target_"])).parameters
-    for name in {**run.trainer, **run.strategy}:
-        if name not in known and not name.startswith("_"):
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean trainer.{near[0]}?" if near else ""
-            raise ValueError(f"Unknown key trainer.{name}: lightning.Trainer takes no such argument.{hint}")

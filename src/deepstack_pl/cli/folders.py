@@ -67,16 +67,22 @@ def newest() -> Path:
     )
 
 
+def find_checkpoint(folder: Path) -> Path | None:
+    """The file that the run in ``folder`` goes on from, if it left one."""
+    files = (folder / "checkpoints" / name for name in ("last.ckpt", "exception.ckpt"))
+    return next((file for file in files if file.is_file()), None)
+
+
 def checkpoint_of(folder: Path) -> Path:
     """The file that the run in ``folder`` goes on from.
 
     Raises:
         ValueError: it left none.
     """
-    for name in ("last.ckpt", "exception.ckpt"):
-        if (folder / "checkpoints" / name).is_file():
-            return folder / "checkpoints" / name
-    raise ValueError(
-        f"{relative(folder)} holds no checkpoint to go on from: it ended before its first one. Start a new run, or "
-        "name another folder: ckpt_path=FOLDER."
-    )
+    found = find_checkpoint(folder)
+    if found is None:
+        raise ValueError(
+            f"{relative(folder)} holds no checkpoint to go on from: it ended before its first one. Start a new run, or "
+            "name another folder: ckpt_path=FOLDER."
+        )
+    return found

@@ -5,16 +5,16 @@ import platform
 import resource
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.data.sources import Source
-from deepstack_pl.data.stream import order_digest
 from deepstack_pl.multimodal.build import parts
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 
@@ -54,13 +54,30 @@ def git() -> dict[str, Any]:
     return {"commit": commit, "dirty": bool(ask("status", "--porcelain"))} if commit else {}
 
 
-def peak_memory() -> dict[str, int]:
-    """Most bytes that this process held at once, and most that its accelerator did."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.max_memory_allocated()
-    return found
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The most bytes held at once since `begin`: an accelerator's count starts there, a process's is over its whole
+    life, so that it is a run's own only where it rose during it (in a sweep, all arms are one process)."""
+
+    before: int
+
+    @classmethod
+    def begin(cls) -> Self:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return cls(_process_peak())
+
+    def peaks(self) -> dict[str, int]:
+        """``process_peak``, left out where it is an earlier run's, and ``cuda_peak``."""
+        now = _process_peak()
+        found = {"process_peak": now} if now > self.before else {}
+        if torch.cuda.is_available():
+            found["cuda_peak"] = torch.cuda.max_memory_allocated()
+        return found
+
+
+def _process_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def device_name(device: torch.device) -> str:
@@ -71,12 +88,11 @@ def device_name(device: torch.device) -> str:
 
 
 def data_of(train: Source, val: Source, run: RunConfig) -> dict[str, Any]:
-    """Which samples, and in what order: two runs with equal digests saw the same batches."""
+    """Which samples; ``order_digest``, of what was trained on and in what order, is added once it was."""
     return {
         "name": run.data.name,
         "fingerprint": {"train": train.fingerprint, "val": val.fingerprint},
         "samples": {"train": len(train), "val": len(val)},
-        "order_digest": order_digest(train.fingerprint, run.seed, run.data.batch_size, run.trainer["max_steps"])[:16],
     }
 
 

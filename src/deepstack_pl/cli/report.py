@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deepstack_pl.cli.folders import RESULTS, relative, write_text
+from deepstack_pl.cli.folders import RESULTS, find_checkpoint, relative, write_text
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
@@ -21,9 +21,9 @@ def read_results(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def write_failure(folder: Path, arm: list[str], reason: str) -> None:
-    """Record an arm of a sweep that ended badly, beside whatever it had found out."""
-    write_results(folder, {**read_results(folder), "status": "failed", "reason": reason, "arm": arm})
+def write_failure(folder: Path, arm: list[str], reason: str, status: str = "failed") -> None:
+    """Record an arm of a sweep that has no report of its own, beside whatever it had found out."""
+    write_results(folder, {**read_results(folder), "status": status, "reason": reason, "arm": arm})
 
 
 def interval_of(metrics: dict[str, Any]) -> list[float] | None:
@@ -58,7 +58,9 @@ def summary(results: dict[str, Any], folder: Path) -> list[str]:
     seconds, parameters, tokens = results["seconds"], results["parameters"], results["tokens_per_image"]
     speed = results["tokens_per_second"]
     receipt = "every injection proven" if results["plan"]["injections"] else "an empty plan, nothing is stacked"
+    begun = [f"started from the weights of {results['init_from']}"] if results["init_from"] else []
     return [
+        *begun,
         f"visual tokens per image: {tokens['seen']} seen, {tokens['context']} in the context",
         f"parameters: {parameters['total']:,}, of which {parameters['trained']:,} trained",
         f"time: {duration(seconds['train'])} training, {duration(seconds['evaluate'])} evaluation"
@@ -74,5 +76,7 @@ def print_report(console: Console, results: dict[str, Any], folder: Path) -> Non
     for line in summary(results, folder):
         console.print(line, soft_wrap=True, highlight=False)
     if results["interrupted"]:
-        line = f"Interrupted at step {results['steps']}. To go on: python train.py ckpt_path={relative(folder)}"
+        line = f"Interrupted at step {results['steps']}."
+        if find_checkpoint(folder):
+            line += f" To go on: python train.py ckpt_path={relative(folder)}"
         console.print(line, soft_wrap=True, highlight=False)

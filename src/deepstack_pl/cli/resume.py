@@ -1,9 +1,10 @@
-"""``ckpt_path=last`` or ``ckpt_path=FOLDER``: go on with a run, in its folder, under its own saved config.
+"""``ckpt_path=last``, or a run's folder, or one of its checkpoints: go on there, under the run's own saved config.
 
 Handled before Hydra: what the run was composed of is on disk, and today's conf/ may say something else.
 """
 
 import json
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,14 @@ class Resumed:
 
 
 def asked_for(overrides: Sequence[Override]) -> str | None:
-    """The value of ``ckpt_path``, if the command line gives one."""
+    """The value of ``ckpt_path``, if the command line gives one.
+
+    Raises:
+        ValueError: it gives several.
+    """
+    for o in overrides:
+        if o.key_or_group == "ckpt_path" and o.is_sweep_override():
+            raise ValueError(f"{o.input_line}: a start goes on with one run. Give them one after the other.")
     values = [o.value() for o in overrides if o.key_or_group == "ckpt_path"]
     return str(values[-1]) if values and values[-1] is not None else None
 
@@ -60,6 +68,7 @@ def prepare(wanted: str, overrides: Sequence[Override], flags: Sequence[str], sc
     folder = newest() if wanted == "last" else _folder(Path(wanted))
     changes = [_allowed(o, schema, folder) for o in overrides if o.key_or_group != "ckpt_path"]
     run = load(folder / CONFIG, changes)
+    _same_accumulation(load(folder / CONFIG, []), run, folder)
     file = folder / RESULTS
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     done, steps = results.get("steps", 0), run.trainer["max_steps"]
@@ -69,7 +78,47 @@ def prepare(wanted: str, overrides: Sequence[Override], flags: Sequence[str], sc
             "learning rate's decay then ends there); to start a new run from its weights, "
             f"init_from={relative(folder)}."
         )
-    return Resumed(run, folder, checkpoint_of(folder), results)
+    return Resumed(run, folder, _checkpoint(wanted, folder), results)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser steps behind ``checkpoint``, by its own count.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    import torch  # here, because refusals must not wait for it
+
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{relative(checkpoint)} cannot be read as a checkpoint ({first}). Name another, "
+            "ckpt_path=RUN/checkpoints/FILE, if the run left one."
+        ) from error
+
+
+def _checkpoint(wanted: str, folder: Path) -> Path:
+    """The very file where one is named, else the run's newest."""
+    named = Path(wanted)
+    if named.suffix != ".ckpt":
+        return checkpoint_of(folder)
+    if not named.is_file():
+        there = ", ".join(file.name for file in sorted(named.parent.glob("*.ckpt"))) or "none"
+        raise ValueError(f"ckpt_path={wanted}: there is no such file. Checkpoints of this run: {there}.")
+    return named
+
+
+def _same_accumulation(saved: RunConfig, run: RunConfig, folder: Path) -> None:
+    """Samples per step are part of the experiment, though the Trainer counts them."""
+    there, here = (r.trainer.get("accumulate_grad_batches", 1) for r in (saved, run))
+    if there != here:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={here} with ckpt_path: {relative(folder)} was trained with {there}, and "
+            "the order of its samples would not go on where it stopped. Leave it as saved, or start a new run with "
+            f"init_from={relative(folder)}."
+        )
 
 
 def _folder(named: Path) -> Path:

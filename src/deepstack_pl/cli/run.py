@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils.logging import disable_progress_bar
 
-from deepstack_pl.batch import MultimodalBatch, Record
-from deepstack_pl.cli import provenance
-from deepstack_pl.cli.assemble import Assembly, assemble, build_trainer, model_builder, settle
-from deepstack_pl.cli.folders import CONFIG, RECEIPT, claim, relative, remember, write_text
-from deepstack_pl.cli.report import duration, print_report, write_results
-from deepstack_pl.cli.resume import Resumed
+from deepstack_pl.cli import checks, provenance
+from deepstack_pl.cli.assemble import Assembly, assemble, model_builder, settle
+from deepstack_pl.cli.folders import CONFIG, RECEIPT, checkpoint_of, claim, relative, remember, write_text
+from deepstack_pl.cli.report import print_report, write_results
+from deepstack_pl.cli.resume import Resumed, step_of
+from deepstack_pl.cli.trial import one_step
 from deepstack_pl.config.load import save
 from deepstack_pl.config.run import DryRun, RunConfig
-from deepstack_pl.data.sources import Source
 from deepstack_pl.evaluation.callback import log_results
 from deepstack_pl.evaluation.runner import evaluate
 from deepstack_pl.inspection.receipt import take_receipt
 from deepstack_pl.multimodal.config import build_plan
 from deepstack_pl.training.parts import apply_stage
-from deepstack_pl.vision.views import full_grid_size
 
 _KNOWN = (  # Lightning's advice that does not apply here
     ".*does not have many workers.*",
@@ -39,7 +37,8 @@ _KNOWN = (  # Lightning's advice that does not apply here
     ".*isinstance.*LeafSpec.*",
     ".*smaller than the logging interval.*",
 )
-_LOOKED_AT = 256  # samples among which a trial step looks for the longest
+# What a resume keeps of the results on disk: the rest is said anew, by what runs now.
+_KEPT = ("metrics", "seconds", "tokens_per_second", "init_digest", "architecture_digest", "init_from", "arm", "starts")
 
 
 def execute(
@@ -50,13 +49,16 @@ def execute(
     Raises:
         ValueError: something that the user can mend.
     """
-    console = Console()
+    console, memory = Console(), provenance.Memory.begin()
     _be_quiet()
     _share_cores(run)
+    checks.check(run, fresh=resumed is None)
     notes = settle(run)
+    if run.init_from and resumed is None:
+        notes.append(f"starting from the weights of {relative(run.init_from)}")
     console.print(build_plan(run.model, run.llm, run.vision).draw() + "\n", markup=False, highlight=False)
     for note in notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     lightning.seed_everything(run.seed, workers=True, verbose=False)
     if run.trial is DryRun.true:
         model = model_builder(run, image_token_id=0)(device="meta")
@@ -66,9 +68,9 @@ def execute(
     assert work.module.parts is not None
     console.print(work.module.parts.table())
     if run.trial is DryRun.step:
-        _one_step(run, folder, work, console)
+        one_step(run, folder, work, console, memory)
         return False
-    return _Run(run, folder, work, console, command, list(arm), resumed).whole()
+    return _Run(run, folder, work, console, command, list(arm), resumed, memory).whole()
 
 
 @dataclass
@@ -82,40 +84,47 @@ class _Run:
     command: str
     arm: list[str]
     resumed: Resumed | None
+    memory: provenance.Memory
 
     def whole(self) -> bool:
+        self.start = step_of(self.resumed.checkpoint) if self.resumed else 0
         self.results = self._begin()
         try:
             self._receipt()
             self._fit()
             self._evaluate()
         except BaseException as error:
-            self.results |= {"status": "failed", "reason": f"{type(error).__name__}: {error}", "steps": self._step}
+            stopped = isinstance(error, KeyboardInterrupt)
+            reason = "stopped at once by Ctrl-C" if stopped else f"{type(error).__name__}: {error}"
+            status = "interrupted" if stopped else "failed"
+            self.results |= {"status": status, "interrupted": stopped, "reason": reason, "steps": self._step}
             write_results(self.folder, self.results)
             self._say_how_to_go_on(error)
             raise
         print_report(self.console, self.results, self.folder)
-        return self.results["interrupted"]
+        return self.work.stop.interrupted
 
     @property
     def _step(self) -> int:
-        return self.work.trainer.global_step
+        """Lightning counts from 0 until it has read the checkpoint."""
+        return max(self.work.trainer.global_step, self.start)
 
     def _begin(self) -> dict[str, Any]:
+        started = describe(self.run, self.work)
         if self.resumed is None:
             claim(self.folder)
-            started = describe(self.run, self.work)
         else:
-            started = self.resumed.results or describe(self.run, self.work)
-            step = started.get("steps", 0)
+            started |= {name: self.resumed.results[name] for name in _KEPT if name in self.resumed.results}
             self.console.print(
-                f"going on with {relative(self.folder)} from {relative(self.resumed.checkpoint)} (step {step})",
+                f"going on with {relative(self.folder)} from {relative(self.resumed.checkpoint)} (step {self.start})",
                 soft_wrap=True,
+                highlight=False,
             )
-        started |= {"status": "running", "interrupted": False, "max_steps": self.run.trainer["max_steps"]}
-        started["commands"] = [*started.get("commands", []), self.command]
+        started["steps"] = self.start
+        began = {"command": self.command, "step": self.start}
+        began |= {name: started[name] for name in ("device", "versions", "git")}
+        started["starts"] = [*started.get("starts", []), began]
         started.setdefault("arm", self.arm)
-        started.pop("reason", None)
         save(self.run, self.folder / CONFIG)
         write_results(self.folder, started)
         remember(self.folder)
@@ -132,20 +141,34 @@ class _Run:
         receipt.require()
 
     def _fit(self) -> None:
-        start = time.perf_counter()
+        start, work = time.perf_counter(), self.work
         checkpoint = str(self.resumed.checkpoint) if self.resumed else None
         try:
-            self.work.trainer.fit(
-                self.work.module, datamodule=self.work.datamodule, ckpt_path=checkpoint, weights_only=True
-            )
+            work.trainer.fit(work.module, datamodule=work.datamodule, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit as error:  # what Lightning makes of a Ctrl-C that did not end in good order
+            if work.stop.interrupted or isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from error
+            raise
         finally:
-            self.results["seconds"]["train"] += time.perf_counter() - start
-        speed = self.work.throughput.get("speed/tokens_per_second")
-        self.results |= {"steps": self._step, "tokens_per_second": speed, "interrupted": self.work.stop.interrupted}
-        network = self.work.module.network
+            self._count(time.perf_counter() - start)
+        self.results |= {"steps": self._step, "interrupted": self._step < self.run.trainer["max_steps"]}
+        self.results["data"]["order_digest"] = work.datamodule.keys_digest[:16]
         (self.folder / "hparams.yaml").unlink(missing_ok=True)  # the TensorBoard logger's; config.yaml says it all
-        network.save_pretrained(self.folder)
-        self.work.processor.save_pretrained(self.folder)
+        work.module.network.save_pretrained(self.folder)
+        work.processor.save_pretrained(self.folder)
+
+    def _count(self, took: float) -> None:
+        """Time and speed of all starts together; a start that only evaluates leaves them as they were."""
+        seconds, throughput = self.results["seconds"], self.work.throughput
+        seconds["fit"] = seconds.get("fit", 0.0) + took
+        if throughput is None:
+            seconds["train"] += took
+            return
+        before, now, speed = seconds["train"], throughput.seconds_training, throughput.tokens_per_second_overall
+        if speed is not None:
+            tokens = before * (self.results["tokens_per_second"] or 0.0) + now * speed
+            seconds["train"] = before + now
+            self.results["tokens_per_second"] = tokens / (before + now)
 
     def _evaluate(self) -> None:
         start, config = time.perf_counter(), self.run.evaluation
@@ -157,20 +180,22 @@ class _Run:
         write_text(self.folder / "predictions.jsonl", "\n".join(lines) + "\n")
         self.results["seconds"]["evaluate"] += time.perf_counter() - start
         status = "interrupted" if self.results["interrupted"] else "finished"
-        memory = provenance.peak_memory()
-        self.results |= {"status": status, "metrics": found.metrics, "peak_memory_bytes": memory}
+        peaks = self.memory.peaks()
+        self.results |= {"status": status, "metrics": found.metrics, "peak_memory_bytes": peaks}
         write_results(self.folder, self.results)
 
     def _say_how_to_go_on(self, error: BaseException) -> None:
-        saved = sorted((self.folder / "checkpoints").glob("*.ckpt"))
-        if saved:
-            self.console.print(
-                f"Stopped by {type(error).__name__} at step {self._step}. Saved: {', '.join(map(relative, saved))}\n"
-                f"To go on: python train.py ckpt_path={relative(self.folder)}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+        try:
+            back = step_of(checkpoint_of(self.folder))
+        except ValueError:
+            return  # nothing was saved, or not to the end
+        self.console.print(
+            f"Stopped by {type(error).__name__} at step {self._step}. To go on from step {back}, the newest "
+            f"checkpoint's: python train.py ckpt_path={relative(self.folder)}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def describe(run: RunConfig, work: Assembly) -> dict[str, Any]:
@@ -179,12 +204,15 @@ def describe(run: RunConfig, work: Assembly) -> dict[str, Any]:
     assert parts is not None
     return {
         "status": "running",
+        "interrupted": False,
+        "max_steps": run.trainer["max_steps"],
+        "init_from": relative(run.init_from) if run.init_from else None,
         "metrics": {},
         "plan": {"name": plan.name, "digest": plan.digest, "injections": [str(i) for i in plan.injections]},
         "tokens_per_image": {"seen": plan.seen_tokens(per_view), "context": plan.context_tokens(per_view)},
         "parameters": {"total": parts.parameters, "trained": parts.trained, "by_part": parts.to_dict()["parts"]},
         "steps": 0,
-        "seconds": {"train": 0.0, "evaluate": 0.0},
+        "seconds": {"train": 0.0, "fit": 0.0, "evaluate": 0.0},
         "tokens_per_second": None,
         "seed": run.seed,
         "data": provenance.data_of(work.train, work.val, run),
@@ -193,49 +221,6 @@ def describe(run: RunConfig, work: Assembly) -> dict[str, Any]:
         "versions": provenance.versions(),
         "git": provenance.git(),
     }
-
-
-def _one_step(run: RunConfig, folder: Path, work: Assembly, console: Console) -> None:
-    """A real step on the worst case: a full batch of the longest sample, its images filling the largest grid."""
-    processor = work.processor
-    take_receipt(work.module.network, processor).require()
-    sample = max(
-        (processor.prepare(_largest(record, processor)) for record in _first(work.train)),
-        key=lambda s: len(s.input_ids),
-    )
-    batch = processor.collate([sample] * run.data.batch_size)
-    trainer = build_trainer(
-        run, folder, [], None, max_steps=1, enable_checkpointing=False, enable_progress_bar=False, log_every_n_steps=1
-    )
-    start = time.perf_counter()
-    trainer.fit(work.module, train_dataloaders=_Once(batch))
-    rows, length = batch.input_ids.shape
-    memory = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in provenance.peak_memory().items())
-    console.print(
-        f"One step on {rows} samples of {length} positions and {len(batch.views)} views: "
-        f"{duration(time.perf_counter() - start)}, peak memory {memory}. Nothing was saved.",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Once:
-    """A loader of one batch; Lightning would take a plain list for several loaders."""
-
-    batch: MultimodalBatch
-
-    def __iter__(self) -> Iterator[MultimodalBatch]:
-        yield self.batch
-
-
-def _first(source: Source) -> Iterator[Record]:
-    return (source[index] for index in range(min(len(source), _LOOKED_AT)))
-
-
-def _largest(record: Record, processor: Any) -> Record:
-    size = full_grid_size(processor.plan, processor.vision)
-    return replace(record, images=tuple(image.resize(size) for image in record.images))
 
 
 @contextlib.contextmanager
@@ -252,7 +237,12 @@ def _bar(console: Console) -> Iterator[Progress | None]:
 def _share_cores(run: RunConfig) -> None:
     """Leave the data workers a core each: threads that wait for one another on too few cores spin most of the time."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) - run.data.workers))
+        torch.set_num_threads(max(1, _cores() - run.data.workers))
+
+
+def _cores() -> int:
+    """Cores that this process may use: a container or a batch system often lends fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _be_quiet() -> None:

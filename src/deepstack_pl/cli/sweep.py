@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from deepstack_pl.cli.folders import RESULTS, relative, write_text
+from deepstack_pl.cli.folders import RESULTS, discard_if_empty, relative, write_text
 from deepstack_pl.cli.report import duration, interval_of, share
 
 _HEAD = ("arm", "context tokens", "seen tokens", "parameters", "training")
@@ -26,7 +26,9 @@ class SweepReport(Callback):
 def report(folder: Path, console: Console) -> None:
     """Read the arms in ``folder``, and print and write what they found."""
     arms = read_arms(folder)
-    if not arms:
+    if not arms:  # a dry run leaves nothing, Hydra's own file included
+        (folder / "multirun.yaml").unlink(missing_ok=True)
+        discard_if_empty(folder)
         return
     checks = fairness(arms)
     console.print(table(arms))
@@ -50,10 +52,10 @@ def kinds(arms: list[dict[str, Any]]) -> list[str]:
 
 
 def cells(arm: dict[str, Any], columns: list[str]) -> list[str]:
-    """One row: the arm, its accuracy by kind, its cost. A failed arm says so in its row."""
-    if arm["status"] not in ("finished", "interrupted"):
-        return [arm["name"], *("failed" for _ in columns), "", "", "", ""]
-    metrics = arm["metrics"]
+    """One row: the arm, its accuracy by kind, its cost. An arm without a report says so in its row."""
+    metrics = arm.get("metrics")
+    if not metrics or _state(arm) not in ("finished", "interrupted"):
+        return [arm["name"], *(_state(arm) for _ in columns), "", "", "", ""]
     found = [share(metrics[k]["accuracy"], interval_of(metrics[k])) if k in metrics else "" for k in columns]
     if arm["status"] == "interrupted":
         found = [f"{text} at step {arm['steps']}" for text in found]
@@ -74,17 +76,28 @@ def table(arms: list[dict[str, Any]]) -> Table:
 
 
 def fairness(arms: list[dict[str, Any]]) -> list[str]:
-    """Whether arms differ in nothing but what they were meant to: data, order, initial weights; and who failed."""
-    begun = [arm for arm in arms if "data" in arm]
-    lines = [_agree("same samples in the same order", {a["name"]: a["data"]["order_digest"] for a in begun}, begun)]
-    for part in sorted({part for arm in begun for part in arm["init_digest"]}):
+    """Whether arms differ in nothing but what they were meant to: data, order, initial weights; and who did not finish.
+
+    Arms that did not finish trained on fewer samples, so that they are not compared.
+    """
+    done = [arm for arm in arms if _state(arm) == "finished"]
+    all_of_them = "all arms" if len(done) == len(arms) else "all arms that finished"
+    claims: list[tuple[str, dict[str, str]]] = [
+        ("same samples in the same order", {a["name"]: a["data"]["order_digest"] for a in done}),
+        ("same validation samples", {a["name"]: a["data"]["fingerprint"]["val"] for a in done}),
+    ]
+    for part in sorted({part for arm in done for part in arm["init_digest"]}):
         by_shape: dict[str, dict[str, str]] = {}
-        for arm in begun:
+        for arm in done:
             by_shape.setdefault(arm["architecture_digest"][part], {})[arm["name"]] = arm["init_digest"][part]
-        lines += [_agree(f"same initial weights ({part})", group, begun) for group in by_shape.values()]
-    lines.append(_agree("same number of steps", {a["name"]: str(a["steps"]) for a in begun}, begun))
-    lines += [f"failed: {arm['name']}: {arm.get('reason', 'it ended without a word')}" for arm in arms if _failed(arm)]
-    return [line for line in lines if line]
+        claims += [(f"same initial weights ({part})", group) for group in by_shape.values()]
+    claims.append(("same number of steps", {a["name"]: str(a["steps"]) for a in done}))
+    lines = [
+        _agree(claim, values, all_of_them if len(values) == len(done) else ", ".join(values))
+        for claim, values in claims
+        if len(values) > 1
+    ]
+    return lines + [f"{_state(arm)}: {arm['name']}: {_reason(arm)}" for arm in arms if _state(arm) != "finished"]
 
 
 def markdown(title: str, arms: list[dict[str, Any]], checks: list[str]) -> str:
@@ -96,15 +109,19 @@ def markdown(title: str, arms: list[dict[str, Any]], checks: list[str]) -> str:
     return "\n".join([f"# {title}", "", *rows, "", *(f"- {line}" for line in checks), ""])
 
 
-def _failed(arm: dict[str, Any]) -> bool:
-    return arm["status"] not in ("finished", "interrupted")
+def _state(arm: dict[str, Any]) -> str:
+    """How the arm ended; one that says it is running still was ended from outside."""
+    return "failed" if arm["status"] == "running" else arm["status"]
 
 
-def _agree(claim: str, values: dict[str, str], begun: list[dict[str, Any]]) -> str:
-    """A line on whether all ``values`` (by arm) are equal; none where there is nothing to compare."""
-    if len(values) < 2:
-        return ""
-    who = "all arms" if len(values) == len(begun) else ", ".join(values)
+def _reason(arm: dict[str, Any]) -> str:
+    if "reason" in arm:
+        return arm["reason"]
+    return f"at step {arm['steps']}" if arm["status"] == "interrupted" else "it ended without a word"
+
+
+def _agree(claim: str, values: dict[str, str], who: str) -> str:
+    """A line on whether all ``values`` (by arm) are equal."""
     if len(set(values.values())) == 1:
         return f"{who}: {claim}"
     return f"{who}: NOT the {claim} ({', '.join(f'{name} {value}' for name, value in values.items())})"

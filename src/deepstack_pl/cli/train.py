@@ -65,6 +65,7 @@ class Jobs:
     command: str
     failed: bool = False
     interrupted: bool = False
+    stopped: bool = False  # at once, without a report
 
     def __call__(self, composed: DictConfig) -> None:
         hydra_config = HydraConfig.get()
@@ -81,28 +82,40 @@ class Jobs:
             finally:
                 discard_if_empty(folder)
             return
-        arm = list(hydra_config.overrides.task)
+        self._arm(composed, folder, list(hydra_config.overrides.task))
+
+    def _arm(self, composed: DictConfig, folder: Path, arm: list[str]) -> None:
+        """One arm of a sweep; it never raises, so that Hydra goes on to the sweep's report."""
+        tried = str(composed.get("dry_run")).lower() != "false"  # nothing but the terminal hears of it
         if self.interrupted:
-            self._leave_out(folder, arm, "not started: the sweep was interrupted")
+            self._leave_out(folder, arm, "the sweep was interrupted before it", "not started", tried)
             return
         try:
             self._start(composed, folder, arm)
+        except (KeyboardInterrupt, SystemExit) as error:
+            self.interrupted = self.stopped = True
+            reason = "stopped at once by Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"exit {error.code}"
+            print(f"{', '.join(arm)}: {reason}", file=sys.stderr)
+            self._leave_out(folder, arm, reason, "interrupted", tried)
         except Exception as error:
             text = sentence(error, self.schema)
             print(text or traceback.format_exc(), file=sys.stderr)
-            self._leave_out(folder, arm, text or f"{type(error).__name__}: {error}")
+            self._leave_out(folder, arm, text or f"{type(error).__name__}: {error}", "failed", tried)
             self.failed = True
+        finally:
+            discard_if_empty(folder)
 
     def _start(self, composed: DictConfig, folder: Path, arm: list[str]) -> None:
-        run = from_hydra(composed)
+        run = from_hydra(composed, self.schema.files(HydraConfig.get().runtime.choices))
         from deepstack_pl.cli.run import execute
 
         self.interrupted |= execute(run, folder, self.command, arm=arm)
 
-    def _leave_out(self, folder: Path, arm: list[str], reason: str) -> None:
+    def _leave_out(self, folder: Path, arm: list[str], reason: str, status: str, tried: bool) -> None:
         from deepstack_pl.cli.report import write_failure
 
-        write_failure(folder, arm, reason)
+        if not tried:
+            write_failure(folder, arm, reason, status)
 
 
 def main(conf: Path, argv: Sequence[str]) -> int:
@@ -111,6 +124,7 @@ def main(conf: Path, argv: Sequence[str]) -> int:
     register()
     schema = Schema(_folders(conf, line))
     try:
+        schema.refuse_namesakes()
         overrides = parse(line.overrides)
         check(overrides, schema)
         wanted = resume.asked_for(overrides)
@@ -123,7 +137,7 @@ def main(conf: Path, argv: Sequence[str]) -> int:
         jobs = Jobs(schema, command)
         with _argv([*line.flags, *line.overrides, *_arm_names(overrides)]):
             _hydra(conf, jobs)
-        return int(jobs.failed)
+        return 130 if jobs.stopped else int(jobs.failed)
     except KeyboardInterrupt:
         print("stopped at once", file=sys.stderr)
         return 130

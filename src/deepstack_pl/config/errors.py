@@ -53,6 +53,8 @@ def _missing_option(error: MissingConfigException) -> str:
 def _composition(error: HydraException, schema: Schema) -> str:
     """What Hydra met while composing: in an override, with OmegaConf's error as its cause, or in a file, as text."""
     if isinstance(error.__cause__, OmegaConfBaseException):
+        if (error.__cause__.full_key or "").startswith("hydra."):
+            return " ".join(str(error).split())  # Hydra's own tree: it knows better what it holds
         return _omegaconf(error.__cause__, schema)
     in_file = _IN_FILE.match(str(error))
     if in_file:

@@ -114,8 +114,7 @@ def _suggestion(key: str, parent: str, schema: Schema) -> str | None:
         names = {known.rpartition(".")[2]: known for known in schema.below(path)}
         hit = names.get(word) or names.get(near(word, names) or "")
         if hit is None:
-            path = ""
-            break
+            break  # a section was misspelt, and the key in it is unknown too: the section alone
         path = hit
     path = path if path != parent else ""
     namesakes = [known for known in schema.kinds if known.rpartition(".")[2] == words[-1]]

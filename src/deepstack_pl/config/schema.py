@@ -48,6 +48,34 @@ class Schema:
         """The options of ``group``, by name."""
         return sorted({p.stem for folder in self.folders for p in (folder / group).glob("*.yaml")})
 
+    def files(self, choices: Mapping[str, Any]) -> dict[str, str]:
+        """The file of each option in ``choices`` (group: option), where it is one of ours to mend."""
+        found = {
+            group: folder / group / f"{option}.yaml" for folder in self.folders for group, option in choices.items()
+        }
+        here = Path.cwd()
+        return {
+            group: str(file.relative_to(here) if file.is_relative_to(here) else file)
+            for group, file in found.items()
+            if file.is_file()
+        }
+
+    def refuse_namesakes(self) -> None:
+        """Hydra takes the first folder's file of a name, and the other one loses in silence.
+
+        Raises:
+            ValueError: two folders hold an option of the same name.
+        """
+        stock, *own = self.folders
+        for file in sorted(stock.rglob("*.yaml")):
+            for folder in own:
+                same = folder / file.relative_to(stock)
+                if same.is_file():
+                    raise ValueError(
+                        f"{same} and {file}: two options of one name, of which Hydra would ignore the first. Give "
+                        f"{same} another name."
+                    )
+
     def _written(self, path: str) -> list[str]:
         """Keys that any option, experiment or primary writes under the open section ``path``."""
         group, *rest = path.split(".")

@@ -38,7 +38,7 @@ def build_model(
     meta = device == "meta"
     pretrained = llm.init is LLMInit.pretrained and not meta
     config = DeepStackConfig(
-        text_config=_checkpoint_config(llm) if pretrained else text_config(llm),
+        text_config=checkpoint_config(llm) if pretrained else text_config(llm),
         vision=vision_values(vision),
         projector=projector.kind.value,
         plan=plan.to_dict(),
@@ -150,7 +150,7 @@ def _not_at_hand(llm: LLMConfig, error: Exception) -> ValueError:
     )
 
 
-def _checkpoint_config(llm: LLMConfig) -> PreTrainedConfig:
+def checkpoint_config(llm: LLMConfig) -> PreTrainedConfig:
     """The checkpoint's own configuration, in full; conf's values must agree with it."""
     try:
         config = AutoConfig.from_pretrained(_named(llm))

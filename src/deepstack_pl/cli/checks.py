@@ -1,0 +1,112 @@
+"""What is refused before a run costs anything: it takes torch to know, but no data and no weights."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from hydra.utils import get_method
+from transformers.models.auto import CONFIG_MAPPING
+
+from deepstack_pl.config.run import RunConfig
+from deepstack_pl.language.config import LLMConfig
+from deepstack_pl.language.template import IMAGE, TEMPLATES
+from deepstack_pl.multimodal.build import text_config
+from deepstack_pl.multimodal.processor import DeepStackProcessor
+
+_ONE_DEVICE = "Training over several devices is not supported yet"
+# Arguments of the Trainer that would make a run other than its config says, and what to say instead.
+_TAKEN = {
+    "fast_dev_run": "it would end before max_steps and save nothing. dry_run=step tries one real step.",
+    "limit_train_batches": "batches are a function of seed and step, for trainer.max_steps steps. Shorten a run there.",
+    "overfit_batches": "batches are a function of seed and step. experiment=debug learns one batch by heart.",
+    "max_epochs": "a run is trainer.max_steps steps long, where the learning rate's decay ends. Say that.",
+    "max_time": "a run is trainer.max_steps steps long; Ctrl-C ends it earlier, with a checkpoint and a report.",
+    "gradient_clip_val": "the optimiser's options say it: optim.clip_norm.",
+    "num_nodes": f"{_ONE_DEVICE}. Leave it out.",
+}
+
+
+def check(run: RunConfig, *, fresh: bool = True) -> None:
+    """All that can be refused at once; ``fresh`` unless a checkpoint is to be loaded.
+
+    Raises:
+        ValueError: naming the value, the rule and the remedy.
+    """
+    check_trainer(run)
+    check_architecture(run.llm)
+    if run.llm.template not in TEMPLATES:
+        hint = _near(run.llm.template, TEMPLATES)
+        raise ValueError(
+            f"llm.template={run.llm.template}: no such template. There are {', '.join(sorted(TEMPLATES))}.{hint}"
+        )
+    if fresh and run.init_from and not (Path(run.init_from) / "model.safetensors").is_file():
+        raise ValueError(
+            f"init_from={run.init_from}: there is no model.safetensors. Give the folder of a finished run "
+            "(outputs/latest names the newest), or one written by save_pretrained."
+        )
+
+
+def check_trainer(run: RunConfig) -> None:
+    """Refuse what the Trainer does not take, what two places say, and what would break the run's promises."""
+    both = sorted(run.trainer.keys() & run.strategy.keys() - {"_target_"})
+    if both:
+        raise ValueError(
+            f"{both[0]} stands in trainer ({run.trainer[both[0]]}) and in strategy ({run.strategy[both[0]]}), and one "
+            f"would be ignored. Take it out of one: ~trainer.{both[0]} or ~strategy.{both[0]}."
+        )
+    known = inspect.signature(get_method(run.trainer["_target_"])).parameters
+    for section, values in (("trainer", run.trainer), ("strategy", run.strategy)):
+        for name, value in values.items():
+            if name in _TAKEN:
+                raise ValueError(f"{section}.{name}={value}: {_TAKEN[name]}")
+            if name == "devices" and not _one(value):
+                raise ValueError(f"{section}.devices={value}: {_ONE_DEVICE}. Say {section}.devices=1.")
+            if name not in known and not name.startswith("_"):
+                hint = _near(name, known, f"{section}.")
+                raise ValueError(f"Unknown key {section}.{name}: lightning.Trainer takes no such argument.{hint}")
+
+
+def check_architecture(llm: LLMConfig) -> None:
+    """Hugging Face keeps an unknown key in silence; here it is refused, and what it refuses becomes a sentence."""
+    if llm.family not in CONFIG_MAPPING:
+        hint = _near(llm.family, CONFIG_MAPPING)
+        raise ValueError(f"llm.family={llm.family}: transformers knows no such model type.{hint}")
+    known = {*CONFIG_MAPPING[llm.family]().to_dict(), "rope_theta", "rope_scaling"}  # the last two: older spellings
+    for key in llm.architecture:
+        if key not in known:
+            hint = _near(key, known, "llm.architecture.")
+            raise ValueError(f"Unknown key llm.architecture.{key}: a {llm.family} has no such value.{hint}")
+    try:
+        text_config(llm)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        says = re.sub(r"^\w+Error: ", "", str(error).splitlines()[-1].strip())
+        raise ValueError(f"llm.architecture: {says} Correct it in llm=.") from error
+    width, heads = llm.architecture.get("hidden_size"), llm.architecture.get("num_attention_heads")
+    if width and heads and width % heads and not llm.architecture.get("head_dim"):  # not every family looks itself
+        raise ValueError(
+            f"llm.architecture.num_attention_heads={heads} does not divide llm.architecture.hidden_size={width}: every "
+            "head takes an equal share of the width."
+        )
+
+
+def check_vocabulary(run: RunConfig, processor: DeepStackProcessor) -> None:
+    """The tokenizer's ids are rows of the embedding; the image token's alone is never looked up there."""
+    rows = int(text_config(run.llm).vocab_size)
+    largest = max(id_ for token, id_ in processor.tokenizer.get_vocab().items() if token != IMAGE)
+    if largest >= rows:
+        raise ValueError(
+            f"llm.architecture.vocab_size={rows}, but the tokenizer's largest id is {largest}: it would be looked up "
+            f"beyond the embedding's last row. Use {largest + 1} or more, or the tokenizer of these weights."
+        )
+
+
+def _one(devices: object) -> bool:
+    return devices in (1, "1") or (isinstance(devices, list | tuple) and len(devices) == 1)
+
+
+def _near(wrong: str, known: Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(wrong, list(known), n=1)
+    return f" Did you mean {prefix}{near[0]}?" if near else ""

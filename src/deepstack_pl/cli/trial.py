@@ -1,0 +1,63 @@
+"""``dry_run=step``: one real step on the worst case, to see whether it fits."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from deepstack_pl.batch import MultimodalBatch, Record
+from deepstack_pl.cli.assemble import Assembly, build_trainer
+from deepstack_pl.cli.provenance import Memory
+from deepstack_pl.cli.report import duration
+from deepstack_pl.config.run import RunConfig
+from deepstack_pl.data.sources import Source
+from deepstack_pl.inspection.receipt import take_receipt
+from deepstack_pl.vision.views import full_grid_size
+
+_LOOKED_AT = 256  # samples among which a trial step looks for the longest
+
+
+def one_step(run: RunConfig, folder: Path, work: Assembly, console: Console, memory: Memory) -> None:
+    """A real step on the worst case: a full batch of the longest sample, its images filling the largest grid."""
+    processor = work.processor
+    take_receipt(work.module.network, processor).require()
+    sample = max(
+        (processor.prepare(_largest(record, processor)) for record in _first(work.train)),
+        key=lambda s: len(s.input_ids),
+    )
+    batch = processor.collate([sample] * run.data.batch_size)
+    trainer = build_trainer(
+        run, folder, [], None, max_steps=1, enable_checkpointing=False, enable_progress_bar=False, log_every_n_steps=1
+    )
+    start = time.perf_counter()
+    trainer.fit(work.module, train_dataloaders=_Once(batch))
+    rows, length = batch.input_ids.shape
+    peaks = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in memory.peaks().items())
+    console.print(
+        f"One step on {rows} samples of {length} positions and {len(batch.views)} views: "
+        f"{duration(time.perf_counter() - start)}, peak memory: {peaks or 'as before'}. Nothing was saved.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Once:
+    """A loader of one batch; Lightning would take a plain list for several loaders."""
+
+    batch: MultimodalBatch
+
+    def __iter__(self) -> Iterator[MultimodalBatch]:
+        yield self.batch
+
+
+def _first(source: Source) -> Iterator[Record]:
+    return (source[index] for index in range(min(len(source), _LOOKED_AT)))
+
+
+def _largest(record: Record, processor: Any) -> Record:
+    size = full_grid_size(processor.plan, processor.vision)
+    return replace(record, images=tuple(image.resize(size) for image in record.images))

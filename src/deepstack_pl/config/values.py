@@ -1,0 +1,105 @@
+"""Values that no run can mean, and values that do not go together: what only the parent of all sections can see."""
+
+from deepstack_pl.config.run import RunConfig
+from deepstack_pl.data.config import Source
+from deepstack_pl.language.config import LLMInit
+from deepstack_pl.multimodal.config import build_plan
+from deepstack_pl.vision.config import VisionInit
+
+
+def check(run: RunConfig) -> None:
+    """Refuse what needs neither torch nor a file to be seen as wrong.
+
+    Raises:
+        ValueError: naming the values, the rule and the remedy.
+    """
+    if run.ckpt_path is not None:
+        raise ValueError(
+            f"ckpt_path={run.ckpt_path} belongs on the command line alone: it goes on with a run under that run's own "
+            "saved config, and conf has nothing to add."
+        )
+    if "num_hidden_layers" not in run.llm.architecture:
+        raise ValueError(
+            f"llm={run.llm.name}: llm.architecture.num_hidden_layers is not given, and plans are checked against it. "
+            "Write the checkpoint's values into the option, as conf/llm/phi3.yaml does."
+        )
+    if run.seed < 0:
+        raise ValueError(f"seed={run.seed}: seeds count from 0.")
+    build_plan(run.model, run.llm, run.vision)
+    _check_weights(run)
+    _check_vision(run)
+    _check_data(run)
+    _check_steps(run)
+    _check_optim(run)
+    _check_evaluation(run)
+
+
+def _check_weights(run: RunConfig) -> None:
+    if run.llm.init is LLMInit.pretrained and not run.llm.checkpoint:
+        raise ValueError(
+            "llm.init=pretrained, but llm.checkpoint is not given: name a hub model or a local folder, or say "
+            "llm.init=random."
+        )
+    if run.vision.init is VisionInit.pretrained and not (run.vision.open_clip_model and run.vision.open_clip_weights):
+        raise ValueError(
+            "vision.init=pretrained needs vision.open_clip_model and vision.open_clip_weights (a tag of open_clip's, "
+            "or a file). Give both, or say vision.init=random."
+        )
+
+
+def _check_vision(run: RunConfig) -> None:
+    width, heads = run.vision.width, run.vision.heads
+    if heads < 1 or width % heads:
+        raise ValueError(
+            f"vision.heads={heads} does not divide vision.width={width}: every head takes an equal share of the width."
+        )
+
+
+def _check_data(run: RunConfig) -> None:
+    data = run.data
+    if data.source is Source.fine_print and data.fine_print.view_size != run.vision.image_size:
+        raise ValueError(
+            f"data.fine_print.view_size={data.fine_print.view_size}, but vision.image_size={run.vision.image_size}: "
+            "fine facts are those that the global view cannot show, so pages must be drawn for the size it has. Say "
+            f"data.fine_print.view_size={run.vision.image_size}, or take another data=."
+        )
+    given = [f"data.{name}={value}" for name, value in (("path", data.path), ("images", data.images)) if value]
+    if given and data.source is not Source.llava_json:
+        raise ValueError(
+            f"{', '.join(given)}: data.source={data.source.name} does not read it. Say data=llava_json, which does, or "
+            "leave it out."
+        )
+
+
+def _check_steps(run: RunConfig) -> None:
+    steps = run.trainer.get("max_steps")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(
+            f"trainer.max_steps={steps}: a run is so many steps, 1 or more; the learning rate's decay ends there."
+        )
+
+
+def _check_optim(run: RunConfig) -> None:
+    optim = run.optim
+    if not 0 <= optim.warmup_ratio < 1:
+        raise ValueError(
+            f"optim.warmup_ratio={optim.warmup_ratio}: the share of steps that warm up, from 0 to below 1; 0.03 is 3%."
+        )
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise ValueError(f"optim.betas={optim.betas}: AdamW takes two values, each from 0 to below 1: [0.9, 0.999].")
+
+
+def _check_evaluation(run: RunConfig) -> None:
+    for name, value in (("data.batch_size", run.data.batch_size), ("evaluation.batch_size", run.evaluation.batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: a batch holds 1 sample or more.")
+    evaluation = run.evaluation
+    for name, value in (
+        ("samples", evaluation.samples),
+        ("final_samples", evaluation.final_samples),
+        ("max_new_tokens", evaluation.max_new_tokens),
+    ):
+        if value < 1:
+            raise ValueError(f"evaluation.{name}={value}: use 1 or more (evaluation=final: nothing during training).")
+    if not 0 < evaluation.confidence < 1:
+        raise ValueError(f"evaluation.confidence={evaluation.confidence}: use a share between 0 and 1, such as 0.95.")

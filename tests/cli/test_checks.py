@@ -1,0 +1,78 @@
+"""What is refused before a run costs anything."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny_run import run_of
+
+from deepstack_pl.cli import checks
+from deepstack_pl.cli.assemble import build_trainer, make_processor, settle
+from deepstack_pl.cli.run import execute
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("+trainer.fast_dev_run=true", "trainer.fast_dev_run=True: it would end before max_steps"),
+        ("+trainer.limit_train_batches=2", "trainer.max_steps steps. Shorten a run there"),
+        ("+trainer.overfit_batches=1", "experiment=debug"),
+        ("+trainer.max_epochs=2", "a run is trainer.max_steps steps long"),
+        ("+trainer.max_time=00:01:00:00", "Ctrl-C ends it earlier"),
+        ("+trainer.gradient_clip_val=0.5", "optim.clip_norm"),
+        ("+strategy.num_nodes=2", "several devices is not supported yet"),
+        ("strategy.devices=2", "strategy.devices=2: Training over several devices is not supported yet"),
+        ("strategy.devices=auto", "Say strategy.devices=1"),
+        ("+trainer.devices=1", "devices stands in trainer (1) and in strategy (1)"),
+        ("+strategy.sync_bathnorm=true", "Unknown key strategy.sync_bathnorm"),
+        ("llm.template=shiped", "There are phi3_instruct, plain, shipped, vicuna_v1. Did you mean shipped?"),
+        ("init_from=nowhere", "init_from=nowhere: there is no model.safetensors"),
+        ("llm.architecture.hidden_size=97", "llm.architecture: The hidden size (97) is not a multiple"),
+        ("llm.architecture.hidden_size=wide", "llm.architecture: Field 'hidden_size' expected int"),
+        ("+llm.architecture.num_heads=3", "Unknown key llm.architecture.num_heads"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(override: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        execute(run_of(override, "dry_run=true"), tmp_path / "run", "python train.py")
+
+
+def test_heads_that_do_not_divide_the_width_are_refused_where_the_family_does_not_look() -> None:
+    with pytest.raises(ValueError, match=r"num_attention_heads=32 does not divide llm\.architecture.hidden_size=3073"):
+        checks.check(run_of("llm=phi3", "llm.architecture.hidden_size=3073"))
+
+
+def test_one_device_may_be_chosen_by_its_number() -> None:
+    checks.check(run_of("strategy.devices=[1]"))
+
+
+def test_init_from_is_refused_before_data_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="init_from=nowhere"):
+        execute(run_of("init_from=nowhere"), tmp_path / "run", "python train.py")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused() -> None:
+    run = run_of("llm.architecture.vocab_size=500")
+    with pytest.raises(ValueError, match="vocab_size=500, but the tokenizer's largest id is 511"):
+        checks.check_vocabulary(run, make_processor(run))
+    fits = run_of()
+    checks.check_vocabulary(fits, make_processor(fits))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [([], []), (["stage=pretrain"], ["vision", "llm"]), (["stage=finetune", "init_from=x"], [])],
+)
+def test_a_frozen_part_of_random_weights_is_said(overrides: list[str], parts: list[str]) -> None:
+    notes = settle(run_of(*overrides))
+    assert [note.split(":")[0] for note in notes] == parts
+
+
+@pytest.mark.parametrize(("off", "there"), [("null", False), ("{every_steps: 5}", True)])
+def test_callbacks_that_are_null_are_off(off: str, there: bool, tmp_path: Path) -> None:
+    run = run_of(f"callbacks.checkpoint={off}", f"callbacks.progress={off}")
+    trainer = build_trainer(run, tmp_path, [], None)
+    assert bool(trainer.checkpoint_callback) is there
+    assert bool(trainer.progress_bar_callback) is there

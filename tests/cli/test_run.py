@@ -1,0 +1,99 @@
+"""One run in this process: how it ends, how it goes on, what its results say."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import go_on, results_of, run_of, start
+
+from deepstack_pl.cli import run as cli_run
+from deepstack_pl.cli.provenance import Memory
+
+TWICE = ("+callbacks.twice={_target_: tiny_run.CtrlCTwice}", "callbacks.checkpoint.every_steps=1")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_that_a_callback_ends_early_is_not_finished() -> None:
+    results = start("+callbacks.early={_target_: tiny_run.StopEarly}", folder=Path("run"))
+    assert (results["status"], results["steps"]) == ("interrupted", 1)
+
+
+def test_a_second_ctrl_c_interrupts_and_says_where_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        start(*TWICE, folder=Path("run"))
+    results = results_of(Path("run"))
+    assert (results["status"], results["interrupted"], results["steps"]) == ("interrupted", True, 2)
+    said = capsys.readouterr().out
+    assert "at step 2. To go on from step 1, the newest checkpoint's: python train.py ckpt_path=run" in said
+
+
+def test_ctrl_c_during_the_last_evaluation_keeps_what_training_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_run, "evaluate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        start(folder=Path("run"))
+    results = results_of(Path("run"))
+    assert (results["status"], results["steps"]) == ("interrupted", 3)
+    assert results["tokens_per_second"] > 0
+    assert results["data"]["order_digest"]
+
+
+def test_without_a_checkpoint_nothing_is_promised(capsys: pytest.CaptureFixture[str]) -> None:
+    start("+callbacks.early={_target_: tiny_run.StopEarly}", "callbacks.checkpoint=null", folder=Path("run"))
+    said = capsys.readouterr().out
+    assert "Interrupted at step 1." in said
+    assert "To go on" not in said
+
+
+def test_every_start_is_recorded_and_speed_outlives_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    first = start(folder=Path("run"))
+    assert (first["status"], first["steps"], len(first["starts"])) == ("finished", 3, 1)
+    assert 0 < first["seconds"]["train"] <= first["seconds"]["fit"]
+    shutil.copy("run/checkpoints/last.ckpt", "run/checkpoints/third.ckpt")
+    (Path("run") / "results.json").write_text(json.dumps({**first, "versions": {}, "git": {}, "steps": 1}))
+    more = go_on("ckpt_path=run", "trainer.max_steps=5")
+    assert "from run/checkpoints/last.ckpt (step 3)" in capsys.readouterr().out
+    assert [begun["step"] for begun in more["starts"]] == [0, 3]
+    assert more["versions"] == first["versions"]
+    assert more["init_digest"] == first["init_digest"]
+    assert more["data"]["order_digest"] != first["data"]["order_digest"]
+    (Path("run") / "results.json").write_text(json.dumps({**more, "status": "failed"}))
+    evaluated = go_on("ckpt_path=run")  # the weights are those of the last step
+    assert evaluated["status"] == "finished"
+    for name in ("tokens_per_second", "data"):
+        assert evaluated[name] == more[name]
+    assert evaluated["seconds"]["train"] == more["seconds"]["train"]
+    go_on("ckpt_path=run/checkpoints/third.ckpt", "trainer.max_steps=6")
+    assert "from run/checkpoints/third.ckpt (step 3)" in capsys.readouterr().out
+
+
+def test_init_from_is_recorded_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(folder=Path("one"))["init_from"] is None
+    assert start("init_from=one", folder=Path("two"))["init_from"] == "one"
+    assert "starting from the weights of one" in capsys.readouterr().out
+
+
+def test_a_peak_of_an_earlier_run_is_not_reported_as_this_ones() -> None:
+    memory = Memory.begin()
+    assert "process_peak" not in Memory(before=2**60).peaks()
+    assert Memory(before=0).peaks()["process_peak"] >= memory.before
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not say what it lends")
+def test_threads_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    told: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    cli_run._share_cores(run_of("data.workers=1"))
+    assert told == [2]

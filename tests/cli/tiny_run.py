@@ -1,0 +1,73 @@
+"""A whole run in this process, small enough for a test: eight pages, six layers."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning
+from hydra import compose, initialize_config_dir
+
+from deepstack_pl.cli.resume import asked_for, prepare
+from deepstack_pl.cli.run import execute
+from deepstack_pl.config.load import from_hydra, register
+from deepstack_pl.config.overrides import parse
+from deepstack_pl.config.run import RunConfig
+from deepstack_pl.config.schema import Schema
+
+CONF = Path(__file__).parents[2] / "conf"
+SMALL = (
+    "data.batch_size=4",
+    "data.workers=0",
+    "data.fine_print.train_pages=8",
+    "data.fine_print.val_pages=4",
+    "evaluation=final",
+    "evaluation.final_samples=4",
+    "evaluation.max_new_tokens=20",
+    "trainer.max_steps=3",
+)
+TINY = (*SMALL, "llm.architecture.num_hidden_layers=5", "~logger", "~callbacks.progress")
+
+
+def run_of(*overrides: str) -> RunConfig:
+    """What ``python train.py OVERRIDES`` would run."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return from_hydra(compose("train", list(overrides)))
+
+
+class CtrlCTwice(lightning.Callback):
+    """Somebody who does not want to wait for the end of step 2."""
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class StopEarly(lightning.Callback):
+    """Ends training before its last step, as EarlyStopping may."""
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        trainer.should_stop = True
+
+
+def start(*overrides: str, folder: Path) -> dict[str, Any]:
+    """Run it, and read its results."""
+    execute(run_of(*TINY, *overrides), folder, "python train.py")
+    return results_of(folder)
+
+
+def go_on(*overrides: str) -> dict[str, Any]:
+    """``python train.py ckpt_path=... OVERRIDES``, and the run's results."""
+    parsed = parse(overrides)
+    wanted = asked_for(parsed)
+    assert wanted is not None
+    resumed = prepare(wanted, parsed, (), Schema((CONF,)))
+    execute(resumed.run, resumed.folder, "python train.py ckpt_path", resumed=resumed)
+    return results_of(resumed.folder)
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
