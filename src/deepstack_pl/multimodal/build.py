@@ -1,6 +1,7 @@
 """From values to a model: random, pretrained or on the meta device; and its parts by name."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -170,9 +171,10 @@ def checkpoint_config(llm: LLMConfig) -> PreTrainedConfig:
 def _checkpoint(llm: LLMConfig) -> nn.Module:
     """The checkpoint's model, whole: transformers would draw missing tensors anew and go on."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(_named(llm), dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(_named(llm), dtype=torch.float32, output_loading_info=True)
     except OSError as error:
         raise _not_at_hand(llm, error) from error
+    model, info = loaded
     wrong = {key: sorted(map(str, info[key]))[:3] for key in ("missing_keys", "mismatched_keys") if info[key]}
     if wrong:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 import open_clip
 import torch
 from jaxtyping import Float
-from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
+from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from deepstack_pl.vision.config import VisionConfig
@@ -101,9 +101,10 @@ class OpenClipTower(nn.Module):
     def _refuse_another_tower(self, theirs: VisionTransformer, pixels: dict[str, Any]) -> None:
         """What shapes do not show, and what a wrong conf would change in silence."""
         block = theirs.transformer.resblocks[0]
+        assert isinstance(block, ResidualAttentionBlock)
         values = {
             "heads": (self.config.heads, block.attn.num_heads),
-            "quick_gelu": (self.config.quick_gelu, isinstance(block.mlp.gelu, QuickGELU)),
+            "quick_gelu": (self.config.quick_gelu, isinstance(block.mlp.get_submodule("gelu"), QuickGELU)),
             "mean": (list(self.config.mean), list(pixels["mean"])),
             "std": (list(self.config.std), list(pixels["std"])),
         }
