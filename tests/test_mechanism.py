@@ -25,6 +25,7 @@ SMALL = (
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a minute or two on two free cores
 def test_deepstack_l_reads_fine_facts_30_points_better_than_the_baseline_at_the_same_context(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "-m", "model=baseline,deepstack_l", *SMALL]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
