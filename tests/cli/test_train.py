@@ -134,6 +134,7 @@ def test_dry_run_prints_the_plan_and_the_parts_and_leaves_nothing(tmp_path: Path
 def test_a_run_leaves_all_that_explains_it_and_can_be_gone_on_with(tmp_path: Path) -> None:
     done = train(*SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "training: 8 samples in 1 shards of " in done.stdout
     folder = latest(tmp_path)
     names = {path.name for path in folder.iterdir()}
     assert names >= {"config.yaml", "config.json", "model.safetensors", "receipt.json", "results.json", "checkpoints"}

@@ -11,7 +11,7 @@ import torch
 
 from deepstack_pl.batch import MultimodalBatch, PadSide, Record, Sample, collate
 from deepstack_pl.data.config import DataConfig
-from deepstack_pl.data.stream import PreparedSource, StepSampler, order, order_digest, start_worker, train_loader
+from deepstack_pl.data.stream import PreparedSource, StepSampler, order, start_worker, train_loader
 
 
 class Numbers:
@@ -129,13 +129,6 @@ def test_what_workers_are_given_can_be_pickled() -> None:
     source = pickle.loads(pickle.dumps(PreparedSource(Numbers(), prepare)))
     assert (len(source), source[7].input_ids.item()) == (10, 7)
     assert pickle.loads(pickle.dumps(start_worker)) is start_worker
-
-
-def test_order_digest_tells_apart_whatever_changes_the_batches() -> None:
-    same = order_digest("f", 0, 64, 100)
-    assert same == order_digest("f", 0, 64, 100)
-    changed = {order_digest("g", 0, 64, 100), order_digest("f", 1, 64, 100), order_digest("f", 0, 32, 100)}
-    assert len(changed | {same, order_digest("f", 0, 64, 99)}) == 5
 
 
 @pytest.mark.parametrize(("n", "batch_size", "start"), [(0, 4, 0), (4, 0, 0), (4, 4, -1)])

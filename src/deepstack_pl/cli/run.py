@@ -65,6 +65,8 @@ def execute(
         console.print(apply_stage(model, run.stage).table())
         return False
     work = assemble(run, folder, fresh=resumed is None)
+    for split, source in (("training", work.train), ("validation", work.val)):
+        console.print(f"{split}: {source.describe()}", markup=False, highlight=False, soft_wrap=True)
     assert work.module.parts is not None
     console.print(work.module.parts.table())
     if run.trial is DryRun.step:

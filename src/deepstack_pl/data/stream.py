@@ -6,7 +6,6 @@ interruption is one number.
 """
 
 import hashlib
-import json
 import signal
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -36,12 +35,6 @@ def order(n: int, seed: int, epoch: int) -> Int64[ndarray, " n"]:
     key = hashlib.sha256(f"{ORDER_VERSION} {seed} {epoch} {n}".encode()).digest()
     draws = np.random.Philox(key=np.frombuffer(key[:16], "<u8")).random_raw(n)
     return np.argsort(draws, kind="stable")
-
-
-def order_digest(source_fingerprint: str, seed: int, batch_size: int, steps: int) -> str:
-    """Equal for two runs that read the same samples in the same batches: the check of a paired comparison."""
-    values = [ORDER_VERSION, source_fingerprint, seed, batch_size, steps]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 class StepSampler(Sampler[list[int]]):

@@ -49,9 +49,6 @@ class Results:
     metrics: dict[str, dict[str, Any]]
     records: tuple[SampleResult, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"metrics": self.metrics, "records": [record.to_dict() for record in self.records]}
-
 
 def evaluate(
     model: DeepStackForConditionalGeneration,

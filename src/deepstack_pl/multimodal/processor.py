@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch, PadSide, Record, Role, Sample, Turn, collate
-from deepstack_pl.language.conversation import IMAGE, TEMPLATES, encode, encode_prompt, load_tokenizer
+from deepstack_pl.language.conversation import TEMPLATES, encode, encode_prompt, image_token_id, load_tokenizer
 from deepstack_pl.multimodal.configuration import DeepStackConfig
 from deepstack_pl.multimodal.expand import make_sample
 from deepstack_pl.stacking.plan import Plan
@@ -30,9 +30,7 @@ class DeepStackProcessor:
         self.vision = vision
         self.template = TEMPLATES[template]
         self.max_length = max_length
-        image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-        assert isinstance(image_token_id, int)
-        self.image_token_id = image_token_id
+        self.image_token_id = image_token_id(tokenizer)
 
     @property
     def tokens_per_view(self) -> int:
