@@ -2,7 +2,8 @@
 
 Axes: ``b`` samples, ``t`` positions, ``v`` views, ``n`` slots (positions that images take, over the whole batch),
 ``g`` groups entering the LLM, ``h`` groups entering the vision tower, ``m`` patches of all global views.
-A *row* is ``view * tokens_per_view + patch``; global views come first, then all tiles.
+A *row* is ``view * tokens_per_view + patch``; global views come first, then all others (tiles, details). Below zero it
+is none: -1 stands for nothing, -2 for the learned newline.
 """
 
 from collections.abc import Sequence
@@ -63,12 +64,14 @@ class Sample:
     Attributes:
         key: where it came from, for messages.
         labels: unshifted; -100 where nothing is learned.
-        views: the sample's global views, in order, then its tiles, image by image.
+        views: the sample's global views, in order, then its other views, image by image.
         images: how many global views.
         token_index: for each position its slot, -1 at text.
         sequence_rows: for each slot the row that stands in the text sequence.
-        group_rows: for each group and slot the row added in the LLM, -1 for none.
-        vit_rows: for each group and patch of the global views the row added in the tower, -1 for none.
+        group_rows: for each group and slot the row added in the LLM.
+        vit_rows: for each group and patch of the global views the row added in the tower, where a view has as many
+            tokens as patches; in the LLM it has fewer if the plan pools.
+        cut: positions that were cut off because the sample was too long.
     """
 
     key: str
@@ -80,11 +83,16 @@ class Sample:
     sequence_rows: Int[Tensor, " n"]
     group_rows: Int[Tensor, "g n"]
     vit_rows: Int[Tensor, "h m"]
+    cut: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
 class MultimodalBatch:
-    """What the model reads; the fields are its ``forward``'s keywords, but for ``keys``."""
+    """What the model reads; the fields are its ``forward``'s keywords, but for ``keys`` and ``cut``.
+
+    Attributes:
+        cut: positions that were cut off its samples.
+    """
 
     input_ids: Int[Tensor, "b t"]
     labels: Int[Tensor, "b t"]
@@ -96,19 +104,24 @@ class MultimodalBatch:
     group_rows: Int[Tensor, "g n"]
     vit_rows: Int[Tensor, "h m"]
     keys: list[str]
+    cut: int = 0
 
     def to(self, device: torch.device | str) -> "MultimodalBatch":
         """The same batch on ``device``."""
         moved = {name: value.to(device) for name, value in self.model_inputs().items()}
-        return MultimodalBatch(**moved, keys=self.keys)
+        return MultimodalBatch(**moved, keys=self.keys, cut=self.cut)
 
     def model_inputs(self) -> dict[str, Tensor]:
         """The tensors, by the model's own names."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "keys"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("keys", "cut")}
 
 
-def collate(samples: Sequence[Sample], *, pad_id: int, side: PadSide, tokens_per_view: int) -> MultimodalBatch:
+def collate(
+    samples: Sequence[Sample], *, pad_id: int, side: PadSide, tokens_per_view: int, patches_per_view: int | None = None
+) -> MultimodalBatch:
     """Pad, and count rows and slots over the whole batch.
+
+    ``tokens_per_view`` are the LLM's, ``patches_per_view`` the tower's where a plan pools.
 
     A batch without a single image carries one blank view that no position points at, so that the vision path runs on
     every step of every rank and contributes exactly zero.
@@ -117,14 +130,14 @@ def collate(samples: Sequence[Sample], *, pad_id: int, side: PadSide, tokens_per
     longest = max(len(s.input_ids) for s in samples)
     views = [s.views[: s.images] for s in samples] + [s.views[s.images :] for s in samples]
     parts: dict[str, list[Tensor]] = {name: [] for name in ("sequence_rows", "group_rows", "vit_rows", "token_index")}
+    patches = tokens_per_view if patches_per_view is None else patches_per_view
+    per_views = {"sequence_rows": tokens_per_view, "group_rows": tokens_per_view, "vit_rows": patches}
     slots, first_image, first_tile = 0, 0, images
     for sample in samples:
-        for name in ("sequence_rows", "group_rows", "vit_rows"):
+        for name, per_view in per_views.items():
             rows = getattr(sample, name)
-            split = sample.images * tokens_per_view
-            moved = torch.where(
-                rows < split, rows + first_image * tokens_per_view, rows - split + first_tile * tokens_per_view
-            )
+            split = sample.images * per_view
+            moved = torch.where(rows < split, rows + first_image * per_view, rows - split + first_tile * per_view)
             parts[name].append(torch.where(rows < 0, rows, moved))
         index = sample.token_index
         parts["token_index"].append(torch.where(index < 0, index, index + slots))
@@ -135,7 +148,7 @@ def collate(samples: Sequence[Sample], *, pad_id: int, side: PadSide, tokens_per
         views.append(samples[0].views.new_zeros(1, *samples[0].views.shape[1:]))
         parts["sequence_rows"].append(torch.arange(tokens_per_view))
         for name in ("group_rows", "vit_rows"):
-            parts[name].append(torch.full((getattr(samples[0], name).shape[0], tokens_per_view), -1))
+            parts[name].append(torch.full((getattr(samples[0], name).shape[0], per_views[name]), -1))
 
     def pad(rows: list[Tensor], value: int) -> Tensor:
         out = torch.full((len(rows), longest), value, dtype=torch.long)
@@ -156,4 +169,5 @@ def collate(samples: Sequence[Sample], *, pad_id: int, side: PadSide, tokens_per
         group_rows=torch.cat(parts["group_rows"], dim=1),
         vit_rows=torch.cat(parts["vit_rows"], dim=1),
         keys=[s.key for s in samples],
+        cut=sum(s.cut for s in samples),
     )

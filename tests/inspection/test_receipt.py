@@ -185,7 +185,8 @@ def test_a_tower_that_injects_one_block_late_is_named():
     class Late:
         """The plan, told wrongly to the tower: its injections one block later, under their own names."""
 
-        vit_layers, tiles_reach_feature = honest.vit_layers, honest.tiles_reach_feature
+        vit_layers, encoding = honest.vit_layers, honest.encoding
+        tiles_reach_feature = honest.tiles_reach_feature
 
         def at(self, host):
             return {layer + 1: injections for layer, injections in honest.at(host).items()}
@@ -255,10 +256,9 @@ def test_detached_features_are_named(name, monkeypatch):
     from deepstack_pl.stacking import injection
 
     gather = injection.gather
-    cut = lambda features, rows: gather(features, rows).detach()  # noqa: E731
-    monkeypatch.setattr(injection, "gather", cut)
+    # The rows of the text sequence alone have one axis.
     monkeypatch.setattr(
-        "deepstack_pl.multimodal.model.gather", lambda f, rows: cut(f, rows) if rows.ndim == 2 else gather(f, rows)
+        injection, "gather", lambda f, rows: gather(f, rows).detach() if rows.ndim == 2 else gather(f, rows)
     )
     message = failure(small_model(SOUND[name]), config=SOUND[name])
     assert message.count("its features are detached") == 4

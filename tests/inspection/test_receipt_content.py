@@ -10,7 +10,7 @@ from deepstack_pl.inspection.content import dealt_groups
 from deepstack_pl.inspection.probe import probe_batch
 from deepstack_pl.inspection.receipt import take_receipt
 from deepstack_pl.inspection.record import ReceiptError
-from deepstack_pl.stacking.config import Dealing, Host, InjectionConfig, ModelConfig, Operator
+from deepstack_pl.stacking.config import Dealing, Host, InjectionConfig, ModelConfig, Operator, Source
 
 PLANS = {
     Host.llm: STACKED,
@@ -135,9 +135,10 @@ def test_the_slow_way_names_tokens_by_where_they_lie_in_the_picture(monkeypatch)
         return ((patches * std + mean) * 25.5).flatten(0, 1)
 
     model.encode = colours
-    for number, groups in enumerate(dealt_groups(model, probe_batch(model, processor))[Host.llm]):
-        assert len(groups) == 4
-        for group, tokens in enumerate(groups):
-            i, j = divmod(group, 2)
+    dealt = dealt_groups(model, probe_batch(model, processor))
+    assert list(dealt) == [(Host.llm, Source.tiles, group) for group in range(4)]
+    for (_, _, group), images in dealt.items():
+        i, j = divmod(group, 2)
+        for number, tokens in enumerate(images):
             places = [(2 * y + i, 2 * x + j, number) for y in range(4) for x in range(4)]
             assert torch.allclose(tokens, torch.tensor(places).float(), atol=1e-4)

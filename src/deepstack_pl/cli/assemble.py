@@ -108,6 +108,7 @@ def make_processor(run: RunConfig) -> DeepStackProcessor:
         vision=run.vision,
         template=run.llm.template,
         max_length=run.llm.max_length,
+        too_long=run.llm.too_long,
     )
 
 

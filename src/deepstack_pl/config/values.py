@@ -3,7 +3,7 @@
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.data.config import Source
 from deepstack_pl.language.config import LLMInit
-from deepstack_pl.multimodal.config import build_plan
+from deepstack_pl.multimodal.config import build_plan, check_projector
 from deepstack_pl.vision.config import VisionInit
 
 
@@ -25,7 +25,7 @@ def check(run: RunConfig) -> None:
         )
     if run.seed < 0:
         raise ValueError(f"seed={run.seed}: seeds count from 0.")
-    build_plan(run.model, run.llm, run.vision)
+    check_projector(build_plan(run.model, run.llm, run.vision), run.projector.sharing)
     _check_weights(run)
     _check_vision(run)
     _check_data(run)

@@ -21,8 +21,8 @@ from deepstack_pl.language.host import decoder_layers
 from deepstack_pl.language.template import UserText
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
-from deepstack_pl.stacking.config import Host
-from deepstack_pl.stacking.injection import InjectionTrace
+from deepstack_pl.stacking.config import Dealt, Host, Newline, Source
+from deepstack_pl.stacking.injection import NOTHING, InjectionTrace
 from deepstack_pl.stacking.plan import Injection, Plan
 from deepstack_pl.vision.config import VisionConfig
 from deepstack_pl.vision.views import full_grid_size
@@ -51,8 +51,10 @@ class Observed:
 
 
 def probe_images(plan: Plan, vision: VisionConfig) -> list[Image.Image]:
-    """Images that fill the plan's largest grid, with a colour of its own for every patch: no two tokens are alike."""
-    width, height = full_grid_size(plan, vision)
+    """Images that fill the plan's largest grid, with a colour of its own for every patch of the finest views: no two
+    tokens are alike.
+    """
+    width, height = (pixels * plan.detail for pixels in full_grid_size(plan, vision))
     shape = (IMAGES, height // vision.patch_size, width // vision.patch_size, 3)
     pages = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     return [Image.fromarray(page).resize((width, height), Image.Resampling.BICUBIC) for page in pages]
@@ -108,43 +110,68 @@ def opened(gates: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def owners(
-    batch: MultimodalBatch, injection: Injection, like: Tensor, image_token_id: int, tokens_per_view: int
+    batch: MultimodalBatch, injection: Injection, like: Tensor, image_token_id: int, plan: Plan, vision: VisionConfig
 ) -> Int[Tensor, "..."]:
-    """For each position of ``injection``'s host the image that it belongs to, -1 for none.
+    """For each position of ``injection``'s host the image that it belongs to and that it adds to, -1 for none.
 
     Found without the processor's index: in the LLM from the placeholders' ids, in the tower from the order of views.
     """
     found = torch.full(like.shape, -1, dtype=torch.long, device=like.device)
     if injection.host is Host.vit:
-        found[:IMAGES, like.shape[1] - tokens_per_view :] = torch.arange(IMAGES, device=like.device)[:, None]
+        patches = vision.patches_per_side**2
+        found[:IMAGES, like.shape[1] - patches :] = torch.arange(IMAGES, device=like.device)[:, None]
         return found
     slots = int((batch.input_ids == image_token_id).sum()) // IMAGES  # of each: all images are alike in size
     first = 0
     for row, ids in enumerate(batch.input_ids):
         places = (ids == image_token_id).nonzero().squeeze(-1)
         order = torch.arange(len(places), device=places.device)
-        receives = (
-            order % slots < tokens_per_view
-        )  # the global view's positions; those of tiles in the text receive none
+        receives = _receives(order % slots, injection, plan, vision)
         found[row, places[receives]] = (first + order // slots)[receives]
         first += len(places) // slots
     return found
 
 
-def with_other_tiles(batch: MultimodalBatch, image: int) -> Tensor:
-    """The batch's views, with the tiles of ``image`` as their own negatives."""
-    tiles = (len(batch.views) - IMAGES) // IMAGES
-    first = IMAGES + image * tiles
+def _receives(slot: Int[Tensor, " n"], injection: Injection, plan: Plan, vision: VisionConfig) -> Tensor:
+    """Which slots of a full image ``injection`` adds to: the global view's, or with detail every view's."""
+    side = vision.patches_per_side // plan.pooling
+    if injection.source is not Source.detail:
+        return slot < side**2
+    if plan.newline is not Newline.rows:
+        return slot >= 0
+    row = full_grid(plan, vision)[0] * side + 1
+    return (slot < side**2) | ((slot - side**2) % row != row - 1)  # but for the newlines
+
+
+def full_grid(plan: Plan, vision: VisionConfig) -> tuple[int, int]:
+    """Columns and rows of the plan's largest grid; 0 x 0 without tiles."""
+    width, height = full_grid_size(plan, vision)
+    return (width // vision.image_size, height // vision.image_size) if plan.tiles else (0, 0)
+
+
+def views_by_source(plan: Plan, vision: VisionConfig) -> dict[Source, list[list[int]]]:
+    """For each source, image by image of the probe, its views' places in the batch."""
+    columns, rows = full_grid(plan, vision)
+    tiles, others = columns * rows, plan.views(columns * rows) - 1
+    found: dict[Source, list[list[int]]] = {Source.global_view: [[image] for image in range(IMAGES)]}
+    starts = [IMAGES + image * others for image in range(IMAGES)]
+    found[Source.tiles] = [list(range(start, start + tiles)) for start in starts]
+    found[Source.detail] = [list(range(start + tiles, start + others)) for start in starts]
+    return found
+
+
+def with_others(batch: MultimodalBatch, places: list[int]) -> Tensor:
+    """The batch's views, with those at ``places`` as their own negatives."""
     views = batch.views.clone()
-    views[first : first + tiles] *= -1
+    views[places] *= -1
     return views
 
 
-def without_group(batch: MultimodalBatch, injection: Injection, groups: tuple[int, ...]) -> dict[str, Tensor]:
+def without_group(batch: MultimodalBatch, injection: Injection, groups: tuple[Dealt, ...]) -> dict[str, Tensor]:
     """The change to the batch that leaves ``injection``'s group out of its host."""
     name = "group_rows" if injection.host is Host.llm else "vit_rows"
     rows = batch.model_inputs()[name].clone()
-    rows[groups.index(injection.group)] = -1
+    rows[groups.index(injection.dealt)] = NOTHING
     return {name: rows}
 
 

@@ -2,7 +2,7 @@
 
 Each injection is tried in five ways on a synthetic batch (one row with one image, one with two, and one without where
 the template can write it): it lands on its own images' positions and nowhere else, from its layer on; what it adds
-depends on the tiles of its own image alone, and is at every position the token that a slow dealing of them puts there;
+depends on its own image's views alone, and is at every position the token that a slow dealing of them puts there;
 the loss has a gradient in it, down to the pixels; leaving its group out changes the logits.
 
 An injection whose gate stands at zero adds nothing yet, rightly: its gate's own gradient is the proof, and everything
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepstack_pl.batch import MultimodalBatch
-from deepstack_pl.inspection.content import dealt_groups, misdealt
+from deepstack_pl.inspection.content import VIEWS, dealt_groups, misdealt
 from deepstack_pl.inspection.probe import (
     IMAGES,
     Observed,
@@ -23,7 +23,8 @@ from deepstack_pl.inspection.probe import (
     probe_batch,
     quiet,
     run,
-    with_other_tiles,
+    views_by_source,
+    with_others,
     without_group,
 )
 from deepstack_pl.inspection.record import Receipt, ReceiptError, ReceiptRow
@@ -66,17 +67,20 @@ class _Trial:
         # Passes are compared bit by bit, and attention without gradients takes another path: hence two of this one.
         self.graph = run(model, self.batch, self.gates, gradients=True)
         self.closed = run(model, self.batch, self.own, gradients=True) if self._closed() else None
-        self.changed = [
-            run(model, self.batch, self.gates, {"views": with_other_tiles(self.batch, image)})
-            for image in range(IMAGES)
-        ]
+        places = views_by_source(self.plan, processor.vision)
+        self.changed = {
+            source: [
+                run(model, self.batch, self.gates, {"views": with_others(self.batch, own)}) for own in places[source]
+            ]
+            for source in {injection.source for injection in self.plan.injections}
+        }
 
     def row(self, injection: Injection) -> ReceiptRow:
         trace = _trace(self.base, injection)
         if trace is None:
             return ReceiptRow(injection, 0, 0, 0.0, 0.0, False, "it left no record: no hook ran where it should")
-        ids, per_view = self.processor.image_token_id, self.processor.tokens_per_view
-        owner = owners(self.batch, injection, trace.touched, ids, per_view)
+        ids, vision = self.processor.image_token_id, self.processor.vision
+        owner = owners(self.batch, injection, trace.touched, ids, self.plan, vision)
         gradient, flow = self._gradient(injection, owner)
         zeroed = run(self.model, self.batch, self.gates, self._without(injection))
         change = float((zeroed.logits.float() - self.base.logits.float()).abs().max())
@@ -140,18 +144,18 @@ class _Trial:
         )
 
     def _dependence(self, injection: Injection, owner: Tensor) -> str:
-        """Changing one image's tiles changes what is added at that image's positions, and nowhere else."""
-        before = _trace(self.base, injection)
-        for image, observed in enumerate(self.changed):
+        """Changing one image's views changes what is added at that image's positions, and nowhere else."""
+        before, views = _trace(self.base, injection), VIEWS[injection.source]
+        for image, observed in enumerate(self.changed[injection.source]):
             after = _trace(observed, injection)
             if before is None or after is None:
                 return "it left a record in one pass and none in another"
             differs = (after.added != before.added).any(-1)
             if bool((differs & (owner != image)).any()):
-                return f"what it adds outside image {image}'s positions changes with that image's tiles: wrong image"
+                return f"what it adds outside image {image}'s positions changes with that image's {views}: wrong image"
             if not bool((differs & (owner == image)).any()):
                 return (
-                    f"what it adds at image {image}'s positions does not depend on that image's tiles: wrong features"
+                    f"what it adds at image {image}'s positions does not depend on that image's {views}: wrong features"
                 )
         return ""
 
@@ -161,7 +165,7 @@ class _Trial:
         if injection.operator is Operator.gated_add:
             name, place = self._gate(injection)
             scale = self.gates[name][place].tanh()
-        return misdealt(trace, owner, [groups[injection.group] for groups in self.dealt[injection.host]], scale)
+        return misdealt(trace, owner, self.dealt[injection.host, *injection.dealt], scale)
 
     def _layer(self, injection: Injection, zeroed: Observed) -> str:
         """The first layer whose output differs without the group is the one it is injected before."""
@@ -180,7 +184,7 @@ class _Trial:
 
     def _sharers(self, injection: Injection) -> list[Injection]:
         """Injections of the same group into the same host: they are left out together."""
-        return [i for i in self.plan.injections if (i.host, i.group) == (injection.host, injection.group)]
+        return [i for i in self.plan.injections if (i.host, i.dealt) == (injection.host, injection.dealt)]
 
     def _sharing(self, injection: Injection) -> list[str]:
         others = [str(i.layer) for i in self._sharers(injection) if i != injection]

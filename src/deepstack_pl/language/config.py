@@ -21,6 +21,13 @@ class Attention(Enum):
     flash_attention_2 = "flash_attention_2"
 
 
+class TooLong(Enum):
+    """What becomes of a training sample longer than ``max_length``."""
+
+    refuse = "refuse"  # the run stops and names it
+    cut = "cut"  # from the right, in the middle of an image too, as published; what is cut is counted in the log
+
+
 @dataclass(kw_only=True, slots=True)
 class LLMConfig:
     """Any Hugging Face causal LM, unmodified. ``architecture`` holds its config's values, so that plans are checked
@@ -32,6 +39,7 @@ class LLMConfig:
     init: LLMInit = LLMInit.random
     template: str = "shipped"  # a name in language.conversation.TEMPLATES
     max_length: int = 2048  # positions, image tokens included
+    too_long: TooLong = TooLong.refuse
     attention: Attention = Attention.sdpa
     architecture: dict[str, Any] = field(default_factory=dict)
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deepstack_pl.stacking.config import Host
+from deepstack_pl.stacking.config import Dealt, Host
 from deepstack_pl.stacking.injection import InjectionTrace, inject
 from deepstack_pl.stacking.plan import Injection, Plan
 
@@ -33,9 +33,9 @@ class Carrier(TypedDict):
 class InjectionHook:
     """Pre-hook of one decoder layer: takes the carrier out of the arguments and adds this layer's groups."""
 
-    def __init__(self, injections: tuple[Injection, ...], groups: tuple[int, ...], gated: tuple[Injection, ...]):
+    def __init__(self, injections: tuple[Injection, ...], groups: tuple[Dealt, ...], gated: tuple[Injection, ...]):
         self.places = [
-            (injection, groups.index(injection.group), gated.index(injection) if injection in gated else None)
+            (injection, groups.index(injection.dealt), gated.index(injection) if injection in gated else None)
             for injection in injections
         ]
 

@@ -17,7 +17,13 @@ from deepstack_pl.stacking.config import ModelConfig
 from deepstack_pl.vision.config import VisionConfig, VisionInit
 
 PARTS = ("vision", "projector", "llm")
-_PREFIXES = {"vision_tower": "vision", "projector": "projector", "gates": "projector", "language_model": "llm"}
+_PREFIXES = {
+    "vision_tower": "vision",
+    "projector": "projector",
+    "gates": "projector",
+    "image_newline": "projector",
+    "language_model": "llm",
+}
 
 
 def build_model(
@@ -42,10 +48,12 @@ def build_model(
         text_config=checkpoint_config(llm) if pretrained else text_config(llm),
         vision=vision_values(vision),
         projector=projector.kind.value,
+        projector_sharing=projector.sharing.value,
         plan=plan.to_dict(),
         template=llm.template,
         image_token_id=image_token_id,
         sample_max_length=llm.max_length,
+        sample_too_long=llm.too_long.value,
         init_seed=seed,
     )
     config._attn_implementation = llm.attention.value
@@ -59,7 +67,7 @@ def build_model(
 
 
 def parts(model: DeepStackForConditionalGeneration) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Every parameter, by the part it belongs to; gates belong to the projector."""
+    """Every parameter, by the part it belongs to; gates and the newline belong to the projector."""
     sorted_in: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
         sorted_in[_PREFIXES[name.split(".")[0]]].append((name, parameter))
@@ -103,7 +111,7 @@ def _refuse_another_architecture(own: DeepStackConfig, theirs: DeepStackConfig, 
             {"dtype", "transformers_version", "_name_or_path"},
         ),
         "vision": (own.vision, theirs.vision, ignored),
-        "projector": ({"kind": own.projector}, {"kind": theirs.projector}, set()),
+        "projector": (_projector_values(own), _projector_values(theirs), set()),
     }
     differ = [
         f"{part}.{key} ({mine.get(key)}, there {other.get(key)})"
@@ -116,6 +124,10 @@ def _refuse_another_architecture(own: DeepStackConfig, theirs: DeepStackConfig, 
             f"init_from={folder} is of another architecture: {', '.join(differ[:4])}. llm=, vision= and projector= "
             "must be those of that run."
         )
+
+
+def _projector_values(config: DeepStackConfig) -> dict[str, Any]:
+    return {"kind": config.projector, "sharing": config.projector_sharing}
 
 
 def text_config(llm: LLMConfig) -> PreTrainedConfig:

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
-from deepstack_pl.multimodal.config import ProjectorKind
+from deepstack_pl.language.config import TooLong
+from deepstack_pl.multimodal.config import ProjectorKind, Sharing
 from deepstack_pl.stacking.plan import Plan
 from deepstack_pl.vision.config import VisionConfig, VisionInit
 
@@ -19,11 +20,14 @@ class DeepStackConfig(PreTrainedConfig):
         text_config: the LLM's own Hugging Face configuration.
         vision: the values of a `VisionConfig`.
         projector: a `ProjectorKind`.
+        projector_sharing: a `Sharing`.
         plan: the values of a `Plan`.
         template: name of the conversation template.
         image_token_id: the placeholder's id; its embedding is never looked up, so it may lie beyond the vocabulary.
         sample_max_length: positions of a sample, image tokens included.
+        sample_too_long: a `TooLong`.
         init_seed: the seed that each part's random weights were drawn from.
+        published: the config.json of the published checkpoint that this model was converted from, whole.
     """
 
     model_type = "deepstack_pl"
@@ -34,11 +38,14 @@ class DeepStackConfig(PreTrainedConfig):
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         vision: dict[str, Any] | None = None,
         projector: str = ProjectorKind.mlp2x_gelu.value,
+        projector_sharing: str = Sharing.shared.value,
         plan: dict[str, Any] | None = None,
         template: str = "shipped",
         image_token_id: int = -1,
         sample_max_length: int = 2048,
+        sample_too_long: str = TooLong.refuse.value,
         init_seed: int = 0,
+        published: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -46,11 +53,14 @@ class DeepStackConfig(PreTrainedConfig):
         self.text_config = text_config if text_config is not None else CONFIG_MAPPING["llama"]()
         self.vision = vision or {}
         self.projector = projector
+        self.projector_sharing = projector_sharing
         self.plan = plan or {}
         self.template = template
         self.image_token_id = image_token_id
         self.sample_max_length = sample_max_length
+        self.sample_too_long = sample_too_long
         self.init_seed = init_seed
+        self.published = published
         # Written at both levels: the default of the nested one changed between transformers releases.
         kwargs["tie_word_embeddings"] = self.text_config.tie_word_embeddings
         super().__init__(**kwargs)

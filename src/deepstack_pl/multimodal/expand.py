@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from deepstack_pl.batch import IGNORE_INDEX, Sample
+from deepstack_pl.language.config import TooLong
 from deepstack_pl.stacking.config import Host
 from deepstack_pl.stacking.mosaic import ImageTables, image_tables
 from deepstack_pl.stacking.plan import Plan
@@ -28,11 +29,15 @@ def make_sample(
     vision: VisionConfig,
     image_token_id: int,
     max_length: int,
+    too_long: TooLong = TooLong.refuse,
 ) -> Sample:
     """Expand each placeholder to the positions its image takes, and say which token goes where.
 
+    A sample that is cut keeps the slots of all its images: positions beyond the cut are what is missing.
+
     Raises:
-        ValueError: placeholders and images differ in number, or the sample is longer than ``max_length`` positions.
+        ValueError: placeholders and images differ in number, or the sample is longer than ``max_length`` positions and
+            must not be cut.
     """
     placeholders = sum(token == image_token_id for token in ids)
     if placeholders != len(images):
@@ -43,20 +48,23 @@ def make_sample(
     cut = [views_of(image, plan, vision) for image in images]
     tables = [image_tables(plan, grid, vision.patches_per_side) for _, grid in cut]
     token_ids, token_labels, index = _expand(ids, labels, image_token_id, tables)
-    if len(token_ids) > max_length:
+    cut_off = max(0, len(token_ids) - max_length)
+    if cut_off and too_long is TooLong.refuse:
         raise ValueError(
             f"sample {key!r}: {len(token_ids)} positions, {int((index >= 0).sum())} of them visual, but llm.max_length "
-            f"is {max_length}. Nothing is cut in silence: raise llm.max_length, or shorten or leave out the sample."
+            f"is {max_length}. Nothing is cut in silence: raise llm.max_length, shorten or leave out the sample, or "
+            "say llm.too_long=cut, which counts what it cuts."
         )
     views = [v[:1] for v, _ in cut] + [v[1:] for v, _ in cut]
     return Sample(
         key=key,
-        input_ids=token_ids,
-        labels=token_labels,
+        input_ids=token_ids[:max_length],
+        labels=token_labels[:max_length],
         views=torch.cat(views) if views else no_views(vision),
         images=len(cut),
-        token_index=index,
-        **_rows(plan, vision.patches_per_side**2, [len(v) for v, _ in cut], tables),
+        token_index=index[:max_length],
+        cut=cut_off,
+        **_rows(plan, vision, [len(v) for v, _ in cut], tables),
     )
 
 
@@ -82,8 +90,10 @@ def _expand(
     return torch.tensor(token_ids), torch.tensor(token_labels), torch.tensor(index)
 
 
-def _rows(plan: Plan, per_view: int, views: list[int], tables: list[ImageTables]) -> dict[str, Tensor]:
-    """Each image's rows, moved to the sample's order: global views first, then all tiles."""
+def _rows(plan: Plan, vision: VisionConfig, views: list[int], tables: list[ImageTables]) -> dict[str, Tensor]:
+    """Each image's rows, moved to the sample's order: global views first, then all others."""
+    patches = vision.patches_per_side**2
+    pooled = patches // plan.pooling**2
     rows: dict[str, list[Tensor]] = {
         "sequence_rows": [torch.empty(0, dtype=torch.long)],
         "group_rows": [torch.empty(len(plan.groups(Host.llm)), 0, dtype=torch.long)],
@@ -91,7 +101,11 @@ def _rows(plan: Plan, per_view: int, views: list[int], tables: list[ImageTables]
     }
     first_tile = len(views)
     for number, (count, table) in enumerate(zip(views, tables, strict=True)):
-        for name, own in (("sequence_rows", table.sequence), ("group_rows", table.llm), ("vit_rows", table.vit)):
+        for name, own, per_view in (
+            ("sequence_rows", table.sequence, pooled),
+            ("group_rows", table.llm, pooled),
+            ("vit_rows", table.vit, patches),
+        ):
             moved = torch.where(own < per_view, own + number * per_view, own + (first_tile - 1) * per_view)
             rows[name].append(torch.where(own < 0, own, moved))
         first_tile += count - 1

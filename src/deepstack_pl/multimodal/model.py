@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from transformers import PreTrainedModel as HFModel
 from transformers.utils.generic import ModelOutput
 
 from deepstack_pl.language.host import CARRIER, Carrier, assert_installed, install
-from deepstack_pl.multimodal.config import ProjectorKind
+from deepstack_pl.multimodal.config import ProjectorKind, Sharing, check_pooling, check_projector
 from deepstack_pl.multimodal.configuration import DeepStackConfig
 from deepstack_pl.multimodal.merge import merge
-from deepstack_pl.multimodal.projector import build_projector
-from deepstack_pl.stacking.config import Host
-from deepstack_pl.stacking.injection import InjectionTrace, gather
+from deepstack_pl.multimodal.projector import TwoProjectors, build_projector
+from deepstack_pl.stacking.config import Host, Newline, Sequence
+from deepstack_pl.stacking.injection import InjectionTrace, fill
 from deepstack_pl.vision.encoder import VisionEncoder
 
 VISUAL_INPUTS = ("views", "sequence_rows", "group_rows", "vit_rows")  # not indexed by sample: never repeated for beams
@@ -64,13 +65,22 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
             self.vision_tower = VisionEncoder(vision, self.plan)
         with _seeded(config.init_seed, "projector"):
             width = config.text_config.hidden_size
-            self.projector = build_projector(ProjectorKind(config.projector), vision.width, width)
+            sharing, inputs = Sharing(config.projector_sharing), vision.width
+            if self.plan.sequence is Sequence.channels:
+                inputs *= 1 + self.plan.most_tiles
+            check_pooling(self.plan, vision)
+            check_projector(self.plan, sharing)
+            self.projector = build_projector(ProjectorKind(config.projector), sharing, inputs, width)
         with _seeded(config.init_seed, "llm"):
             self.language_model = AutoModelForCausalLM.from_config(
                 config.text_config, attn_implementation=config._attn_implementation
             )
         gated = {host.value: len(self.plan.gated(host)) for host in Host}
         self.gates = nn.ParameterDict({host: nn.Parameter(torch.zeros(n)) for host, n in gated.items() if n})
+        self.image_newline: nn.Parameter | None = None
+        if self.plan.newline is not Newline.none:
+            with _seeded(config.init_seed, "newline"):
+                self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)  # as LLaVA draws it
         install(self.language_model, self.plan)
         self.post_init()
         self.freeze_unreachable()
@@ -126,10 +136,14 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
             if views is None or token_index is None or sequence_rows is None or group_rows is None or vit_rows is None:
                 raise ValueError("views, token_index, sequence_rows, group_rows and vit_rows come together: pass all.")
             tokens = self.encode(views, vit_rows, traces)
-            embeds = merge(self.get_input_embeddings(), input_ids, gather(tokens, sequence_rows), token_index)
-            if self.plan.groups(Host.llm):
+            sequence = fill(tokens, self.image_newline, sequence_rows)
+            groups = fill(tokens, self.image_newline, group_rows)
+            if self.plan.sequence is Sequence.channels:
+                sequence = self.projector(torch.cat([sequence, *groups], dim=-1))
+            embeds = merge(self.get_input_embeddings(), input_ids, sequence, token_index)
+            if self.plan.at(Host.llm):
                 kwargs[CARRIER] = Carrier(
-                    features=gather(tokens, group_rows),
+                    features=groups,
                     index=token_index,
                     scales=self._scales(Host.llm),
                     traces=traces,
@@ -154,10 +168,23 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
     def encode(
         self, views: Float[Tensor, "v 3 s s"], vit_rows: Int[Tensor, "h m"], traces: list[InjectionTrace] | None = None
     ) -> Float[Tensor, "rows d"]:
-        """Projected tokens of every view that reaches the feature: one call a step, projection before dealing."""
+        """Tokens of every view that reaches the feature: one tower call a step, projected before dealing, then pooled.
+
+        Where groups stand side by side in the channels, they are dealt first and projected together.
+        """
         views = views.to(self.vision_tower.tower.dtype)
         tokens = self.vision_tower(views, vit_rows, self._scales(Host.vit), traces)
-        return self.projector(tokens).flatten(0, 1)
+        if isinstance(self.projector, TwoProjectors):
+            tokens = self.projector(tokens, vit_rows.shape[1] // tokens.shape[1])
+        elif self.plan.sequence is not Sequence.channels:
+            tokens = self.projector(tokens)
+        return self._pool(tokens).flatten(0, 1)
+
+    def _pool(self, tokens: Float[Tensor, "k p2 d"]) -> Float[Tensor, "k q2 d"]:
+        """Squares of tokens averaged, as the plan says."""
+        side, square = isqrt(tokens.shape[1]), self.plan.pooling
+        cells = tokens.view(len(tokens), side // square, square, side // square, square, tokens.shape[2])
+        return cells.mean((2, 4)).flatten(1, 2) if square > 1 else tokens
 
     def _scales(self, host: Host) -> Float[Tensor, " gated"] | None:
         return self.gates[host.value].tanh() if host.value in self.gates else None

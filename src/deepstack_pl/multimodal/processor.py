@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch, PadSide, Record, Role, Sample, Turn, collate
+from deepstack_pl.language.config import TooLong
 from deepstack_pl.language.conversation import TEMPLATES, encode, encode_prompt, image_token_id, load_tokenizer
 from deepstack_pl.multimodal.configuration import DeepStackConfig
 from deepstack_pl.multimodal.expand import make_sample
@@ -21,7 +22,14 @@ class DeepStackProcessor:
     """Makes samples under one plan, for one tower and one tokenizer."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, *, plan: Plan, vision: VisionConfig, template: str, max_length: int
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        plan: Plan,
+        vision: VisionConfig,
+        template: str,
+        max_length: int,
+        too_long: TooLong = TooLong.refuse,
     ) -> None:
         if template not in TEMPLATES:
             raise ValueError(f"llm.template={template}: no such template. There are {', '.join(sorted(TEMPLATES))}.")
@@ -30,11 +38,13 @@ class DeepStackProcessor:
         self.vision = vision
         self.template = TEMPLATES[template]
         self.max_length = max_length
+        self.too_long = too_long
         self.image_token_id = image_token_id(tokenizer)
 
     @property
     def tokens_per_view(self) -> int:
-        return self.vision.patches_per_side**2
+        """Tokens of a view in the LLM: fewer than the tower's where the plan pools."""
+        return (self.vision.patches_per_side // self.plan.pooling) ** 2
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "DeepStackProcessor":
@@ -46,6 +56,7 @@ class DeepStackProcessor:
             vision=config.typed_vision(),
             template=config.template,
             max_length=config.sample_max_length,
+            too_long=TooLong(config.sample_too_long),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -62,21 +73,28 @@ class DeepStackProcessor:
             encoded = encode(record.turns, self.template, self.tokenizer)
         except ValueError as error:
             raise ValueError(f"sample {record.key!r}: {error}") from error
-        sample = self._sample(record, encoded.input_ids, encoded.labels)
-        if bool((sample.labels == IGNORE_INDEX).all()):
-            raise ValueError(f"sample {record.key!r}: no token is supervised. Give it an answer, or leave it out.")
+        sample = self._sample(record, encoded.input_ids, encoded.labels, self.too_long)
+        if bool((sample.labels[1:] == IGNORE_INDEX).all()):
+            cut = f" {sample.cut} of its positions were cut: raise llm.max_length." if sample.cut else ""
+            raise ValueError(f"sample {record.key!r}: no token is supervised.{cut} Give it an answer, or leave it out.")
         return sample
 
     def prompt(self, record: Record) -> Sample:
-        """A sample for generation: everything before the last answer."""
+        """A sample for generation: everything before the last answer. Never cut: it would lose its question."""
         turns = record.turns[:-1] if record.turns[-1].role is Role.assistant else record.turns
         ids = encode_prompt(turns, self.template, self.tokenizer)
-        return self._sample(record, ids, [IGNORE_INDEX] * len(ids))
+        return self._sample(record, ids, [IGNORE_INDEX] * len(ids), TooLong.refuse)
 
     def collate(self, samples: Sequence[Sample], side: PadSide = PadSide.right) -> MultimodalBatch:
         pad = self.tokenizer.pad_token_id
         pad_id = pad if isinstance(pad, int) else 0  # never attended to, never learned
-        return collate(samples, pad_id=pad_id, side=side, tokens_per_view=self.tokens_per_view)
+        return collate(
+            samples,
+            pad_id=pad_id,
+            side=side,
+            tokens_per_view=self.tokens_per_view,
+            patches_per_view=self.vision.patches_per_side**2,
+        )
 
     def __call__(
         self, text: str | Sequence[str], images: Sequence[Sequence[Image.Image]] | Sequence[Image.Image] = ()
@@ -103,7 +121,7 @@ class DeepStackProcessor:
         """Text of generated ids, special tokens left out."""
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def _sample(self, record: Record, ids: list[int], labels: list[int]) -> Sample:
+    def _sample(self, record: Record, ids: list[int], labels: list[int], too_long: TooLong) -> Sample:
         return make_sample(
             record.key,
             ids,
@@ -113,6 +131,7 @@ class DeepStackProcessor:
             vision=self.vision,
             image_token_id=self.image_token_id,
             max_length=self.max_length,
+            too_long=too_long,
         )
 
 

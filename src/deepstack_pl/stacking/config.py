@@ -19,6 +19,14 @@ class Dealing(Enum):
     tiles = "tiles"  # group k is tile k itself
 
 
+class Source(Enum):
+    """What an injection adds."""
+
+    tiles = "tiles"  # a group dealt from the mosaic of tiles, one token under every token of the global view
+    global_view = "global_view"  # the global view's own tokens once more: the control of the paper's table 6
+    detail = "detail"  # a group dealt from every view's own enlargement: DeepStack-L-HD (method A.7)
+
+
 class GridRule(Enum):
     """Which grid of tiles an image becomes."""
 
@@ -26,11 +34,50 @@ class GridRule(Enum):
     square = "square"  # always floor(sqrt(tiles)) a side
 
 
+class Resize(Enum):
+    """How an image is enlarged to its grid; the global view is always a plain stretch."""
+
+    stretch = "stretch"  # to the whole grid: global view and mosaic share one coordinate system
+    letterbox = "letterbox"  # keeping its shape, centred on black: the paper's "inconsistent" (table 5)
+
+
+class Encoding(Enum):
+    """How the tower reads the tiles of one image."""
+
+    separate = "separate"  # each tile by itself
+    one_pass = "one_pass"  # as one enlarged image, positions interpolated
+
+
 class Sequence(Enum):
     """What an image contributes to the text sequence."""
 
     global_view = "global_view"  # its global view's tokens
-    global_and_tiles = "global_and_tiles"  # the global view, then every group: the long-context control
+    global_and_tiles = "global_and_tiles"  # the global view, then every tile's tokens: the long-context control
+    tiles = "tiles"  # the tiles' tokens alone
+    blank = "blank"  # as many positions as a global view has, their embeddings zero: all that is seen is injected
+    channels = "channels"  # one position a patch: the global token and its groups side by side, projected as one
+
+
+class Order(Enum):
+    """How the tiles' tokens follow each other in the text sequence."""
+
+    by_group = "by_group"  # group after group, as they are dealt
+    raster = "raster"  # the mosaic's rows, top to bottom
+
+
+class Unfilled(Enum):
+    """What a group that a small grid does not fill takes in the text sequence."""
+
+    leave_out = "leave_out"
+    zeros = "zeros"  # zero tokens, so that every image is equally long, as published
+
+
+class Newline(Enum):
+    """Whether a learned vector ends every row of the mosaic in the text sequence."""
+
+    none = "none"
+    rows = "rows"
+    rows_and_groups = "rows_and_groups"  # and is added there again with every group of detail, as published
 
 
 class Operator(Enum):
@@ -56,12 +103,42 @@ class Collisions(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class InjectionConfig:
-    """One injection: ``group`` enters ``host`` before ``layer``."""
+    """One injection: ``group`` of ``source`` enters ``host`` before ``layer``."""
 
-    group: int
     layer: int
+    group: int = 0
+    source: Source = Source.tiles
     host: Host = Host.llm
     operator: Operator = Operator.add
+
+
+Dealt = tuple[Source, int]  # a group: where it is dealt from, and which of these
+
+
+@dataclass(frozen=True, slots=True)
+class Injection:
+    """``group`` of ``source`` is added to ``host``'s residual stream before ``layer``."""
+
+    host: Host
+    layer: int
+    group: int
+    operator: Operator = Operator.add
+    source: Source = Source.tiles
+
+    @property
+    def dealt(self) -> Dealt:
+        """The group it adds; injections of one group share a row of the index table."""
+        return self.source, self.group
+
+    @property
+    def what(self) -> str:
+        """The group, for people."""
+        names = {Source.tiles: f"group {self.group}", Source.detail: f"detail group {self.group}"}
+        return names.get(self.source, "global view")
+
+    def __str__(self) -> str:
+        gate = ", gated" if self.operator is Operator.gated_add else ""
+        return f"{self.what} -> {self.host.value} layer {self.layer}{gate}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,8 +152,16 @@ class ModelConfig:
     name: str = "???"
     tiles: int = 4  # largest number of tiles an image becomes; 0: the global view alone
     grid: GridRule = GridRule.best_fit
+    resize: Resize = Resize.stretch
+    detail: int = 1  # each view is enlarged so many times a side, and cut again; 1: it is not
+    encoding: Encoding = Encoding.separate
+    pooling: int = 1  # side of the squares of projected tokens that are averaged into one, in every view
     dealing: Dealing = Dealing.strided_2d
     sequence: Sequence = Sequence.global_view
+    order: Order = Order.by_group
+    unfilled: Unfilled = Unfilled.leave_out
+    newline: Newline = Newline.none
+    source: Source = Source.tiles
     host: Host = Host.llm
     start_layer: int = 1
     interval: int = 1

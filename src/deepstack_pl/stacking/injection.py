@@ -10,6 +10,9 @@ from torch import Tensor
 
 from deepstack_pl.stacking.plan import Injection
 
+NOTHING = -1  # a row that is none: zero
+NEWLINE = -2  # a row that is the learned newline
+
 
 @dataclass(frozen=True, slots=True)
 class InjectionTrace:
@@ -31,6 +34,16 @@ class InjectionTrace:
 def gather(features: Float[Tensor, "n d"], rows: Int[Tensor, "..."]) -> Float[Tensor, "... d"]:
     """``features[rows]``, zero where a row is -1; zero there in the gradient too, never absent."""
     return features[rows.clamp_min(0)] * (rows >= 0).unsqueeze(-1)
+
+
+def fill(
+    features: Float[Tensor, "n d"], newline: Float[Tensor, " d"] | None, rows: Int[Tensor, "..."]
+) -> Float[Tensor, "... d"]:
+    """`gather`, with ``newline`` where a row asks for it; a plan without newlines has none."""
+    filled = gather(features, rows)
+    if newline is None:
+        return filled
+    return filled + newline.to(filled.dtype) * (rows == NEWLINE).unsqueeze(-1)
 
 
 def inject(

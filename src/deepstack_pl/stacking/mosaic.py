@@ -1,7 +1,9 @@
 """Tiles laid on one grid, and dealt into groups: as index tables, so that a forward pass only gathers.
 
-A *row* names one token of one sample's encoded views: ``view * p * p + patch``. Axes: ``g`` groups, ``n`` slots (the
-positions an image takes in the text), ``p`` patches a side. Method A.1 to A.3.
+A *row* names one token of one sample's encoded views: ``view * p * p + patch``; `NOTHING` and `NEWLINE` are no rows.
+Views are the global view, the tiles in raster order, then the details: of the global view, then tile by tile, each in
+raster order. Axes: ``g`` groups, ``n`` slots (the positions an image takes in the text), ``p`` patches a side. Method
+A.1 to A.3, A.6, A.7.
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,18 @@ from einops import rearrange
 from jaxtyping import Int
 from torch import Tensor
 
-from deepstack_pl.stacking.config import Dealing, GridRule, Host, Sequence
+from deepstack_pl.stacking.config import (
+    Dealing,
+    Dealt,
+    GridRule,
+    Host,
+    Newline,
+    Order,
+    Sequence,
+    Source,
+    Unfilled,
+)
+from deepstack_pl.stacking.injection import NEWLINE, NOTHING
 from deepstack_pl.stacking.plan import Plan
 
 
@@ -54,12 +67,12 @@ def deal(grid: tuple[int, int], patches: int, dealing: Dealing) -> Int[Tensor, "
 
 @dataclass(frozen=True, slots=True)
 class ImageTables:
-    """Where one image's tokens go. Rows count this image's views alone: 0 is the global view, then the tiles.
+    """Where one image's tokens go. Rows count this image's views alone.
 
     Attributes:
         sequence: the rows that stand in the text sequence, one a slot.
-        llm: for each group of the plan that enters the LLM, the row added at each slot (-1: none).
-        vit: for each group that enters the tower, the row added at each patch of the global view (-1: none).
+        llm: for each group that enters the LLM, the row at each slot.
+        vit: for each group that enters the tower, the row added at each patch of the global view.
     """
 
     sequence: Int[Tensor, " n"]
@@ -70,19 +83,84 @@ class ImageTables:
 def image_tables(plan: Plan, grid: tuple[int, int] | None, patches: int) -> ImageTables:
     """The tables of an image enlarged to ``grid`` (None: the global view alone) under ``plan``.
 
-    Groups that a small grid does not fill add nothing (published: zero groups, method A.3).
+    ``patches`` is the tower's; the LLM sees fewer where the plan pools. Groups that a small grid does not fill add
+    nothing (published: zero groups, method A.3).
     """
-    per_view = patches * patches
-    groups = deal(grid, patches, plan.dealing) + per_view if grid else torch.empty(0, per_view, dtype=torch.long)
-    sequence = torch.arange(per_view)
-    if plan.sequence is Sequence.global_and_tiles:
-        sequence = torch.cat([sequence, groups.flatten()])
+    side = patches // plan.pooling
+    sequence = _sequence(plan, grid, side)
+    of_tiles = _tiles(plan, grid, side)
+    llm = [_group(plan, dealt, sequence, of_tiles, grid, side) for dealt in plan.groups(Host.llm)]
+    if plan.sequence is Sequence.blank:
+        sequence = torch.full_like(sequence, NOTHING)
+    in_tower = _tiles(plan, grid, patches)
+    view = torch.arange(patches * patches)
+    vit = [_group(plan, dealt, view, in_tower, grid, patches) for dealt in plan.groups(Host.vit)]
+    return ImageTables(sequence, _table(llm, len(sequence)), _table(vit, len(view)))
 
-    def table(host: Host, slots: int) -> Tensor:
-        rows = torch.full((len(plan.groups(host)), slots), -1)
-        for row, group in enumerate(plan.groups(host)):
-            if group < len(groups):
-                rows[row, :per_view] = groups[group]
-        return rows
 
-    return ImageTables(sequence, table(Host.llm, len(sequence)), table(Host.vit, per_view))
+def _tiles(plan: Plan, grid: tuple[int, int] | None, side: int) -> Int[Tensor, "g p2"]:
+    """The rows of each group of tiles that ``grid`` fills."""
+    if grid is None:
+        return torch.empty(0, side * side, dtype=torch.long)
+    return deal(grid, side, plan.dealing) + side * side
+
+
+def _sequence(plan: Plan, grid: tuple[int, int] | None, side: int) -> Int[Tensor, " n"]:
+    """The rows of the text sequence; of a blank one, those of the global view that it stands for."""
+    parts = [] if plan.sequence is Sequence.tiles else [torch.arange(side * side)]
+    if plan.sequence in (Sequence.global_and_tiles, Sequence.tiles) and grid is not None:
+        parts.append(_string(plan, grid, side))
+    return torch.cat(parts)
+
+
+def _string(plan: Plan, grid: tuple[int, int], side: int) -> Int[Tensor, " n"]:
+    """The tiles' rows as they follow each other."""
+    columns, rows = grid
+    if plan.order is Order.by_group:
+        groups = _tiles(plan, grid, side).flatten()
+        missing = plan.most_tiles * side * side - len(groups) if plan.unfilled is Unfilled.zeros else 0
+        return torch.cat([groups, torch.full((missing,), NOTHING)])
+    tokens = torch.arange(columns * rows * side * side) + side * side
+    mosaic = rearrange(tokens, "(r c h w) -> (r h) (c w)", r=rows, c=columns, h=side, w=side)
+    if plan.newline is not Newline.none:
+        mosaic = torch.cat([mosaic, torch.full((len(mosaic), 1), NEWLINE)], dim=1)
+    return mosaic.flatten()
+
+
+def _group(
+    plan: Plan,
+    dealt: Dealt,
+    slots: Int[Tensor, " n"],
+    of_tiles: Int[Tensor, "g p2"],
+    grid: tuple[int, int] | None,
+    side: int,
+) -> Int[Tensor, " n"]:
+    """The rows of one group, over slots that hold the rows ``slots`` (the global view's first)."""
+    source, group = dealt
+    per_view = side * side
+    if source is Source.detail:
+        return _detail(plan, group, slots, grid, side)
+    rows = torch.full_like(slots, NOTHING)
+    if source is Source.global_view:
+        rows[:per_view] = slots[:per_view]
+    elif group < len(of_tiles):
+        rows[:per_view] = of_tiles[group]
+    return rows
+
+
+def _detail(
+    plan: Plan, group: int, slots: Int[Tensor, " n"], grid: tuple[int, int] | None, side: int
+) -> Int[Tensor, " n"]:
+    """At each slot the token that ``group`` of its own view's details holds under that slot's patch."""
+    per_view, per_group = side * side, plan.detail**2
+    first = 1 + (grid[0] * grid[1] if grid else 0)  # views come before all details
+    dealt = deal((plan.detail, plan.detail), side, plan.dealing)[group]
+    view, patch = slots.clamp_min(0) // per_view, slots.clamp_min(0) % per_view
+    rows = (first + view * per_group) * per_view + dealt[patch]
+    rows = torch.where(slots == NOTHING, NOTHING, rows)
+    at_newline = NEWLINE if plan.newline is Newline.rows_and_groups else NOTHING
+    return torch.where(slots == NEWLINE, at_newline, rows)
+
+
+def _table(rows: list[Tensor], slots: int) -> Int[Tensor, "g n"]:
+    return torch.stack(rows) if rows else torch.empty(0, slots, dtype=torch.long)

@@ -7,7 +7,7 @@ https://arxiv.org/abs/2406.04334, section 3 and algorithm 1. "Before layer l" is
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
 from itertools import pairwise
 from math import isqrt
@@ -16,35 +16,40 @@ from typing import Any
 from deepstack_pl.stacking.config import (
     Collisions,
     Dealing,
+    Dealt,
+    Encoding,
     GridRule,
     Host,
+    Injection,
     ModelConfig,
+    Newline,
     Operator,
+    Order,
     Overflow,
+    Resize,
     Sequence,
+    Source,
+    Unfilled,
 )
+from deepstack_pl.stacking.rules import (
+    STRINGS,
+    WITH_TILES,
+    check_injections,
+    check_schedule,
+    check_views,
+    most_groups,
+    most_tiles,
+)
+from deepstack_pl.stacking.sketch import sketch
 
 
-@dataclass(frozen=True, slots=True)
-class Injection:
-    """``group`` is added to ``host``'s residual stream before ``layer``."""
-
-    host: Host
-    layer: int
-    group: int
-    operator: Operator = Operator.add
-
-    def __str__(self) -> str:
-        gate = ", gated" if self.operator is Operator.gated_add else ""
-        return f"group {self.group} -> {self.host.value} layer {self.layer}{gate}"
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """A validated plan. Build one with `Plan.build`; equal plans have equal digests.
 
+    The values that it shares with `ModelConfig` mean the same.
+
     Attributes:
-        tiles: largest number of tiles an image becomes (0: the global view alone).
         llm_layers: decoder layers of the LLM host; legal layers are ``0 .. llm_layers - 1``.
         vit_layers: number of blocks that run before the tower's feature is read; legal layers are
             ``0 .. vit_layers``, the last being the selected feature itself (method B.4).
@@ -59,22 +64,37 @@ class Plan:
     sequence: Sequence
     llm_layers: int
     vit_layers: int
+    resize: Resize = Resize.stretch
+    detail: int = 1
+    encoding: Encoding = Encoding.separate
+    pooling: int = 1
+    order: Order = Order.by_group
+    unfilled: Unfilled = Unfilled.leave_out
+    newline: Newline = Newline.none
     injections: tuple[Injection, ...]
     dropped: tuple[Injection, ...] = ()
 
     def __post_init__(self) -> None:
         """Hold also for a plan that comes from a config.json."""
+        check_views(self)
         for injection in self.injections:
             self._check(injection)
         twice = sorted({str(i) for i in self.injections if self.injections.count(i) > 1})
         if twice:
             raise ValueError(f"plan {self.name}: {', '.join(twice)} stands there more than once. Leave one.")
+        check_injections(self, self.injections)
 
     def _check(self, injection: Injection) -> None:
-        if not 0 <= injection.group < self.most_tiles:
+        most = most_groups(self, injection.source)
+        if not 0 <= injection.group < most and injection.source is Source.tiles:
             raise ValueError(
                 f"plan {self.name}: {injection}: {self.tiles} tiles ({self.grid.value}) deal groups 0 to "
-                f"{self.most_tiles - 1}. Name one of these, or raise model.tiles."
+                f"{most - 1}. Name one of these, or raise model.tiles."
+            )
+        if not 0 <= injection.group < most:
+            raise ValueError(
+                f"plan {self.name}: {injection} is its group {injection.group}, but model.source="
+                f"{injection.source.name} with model.detail={self.detail} deals groups 0 to {most - 1}. Name one."
             )
         if not 0 <= injection.layer <= _last_layer(injection.host, self.llm_layers, self.vit_layers):
             depth = _depth(injection.host, self.llm_layers, self.vit_layers)
@@ -83,22 +103,28 @@ class Plan:
     @property
     def most_tiles(self) -> int:
         """Tiles of the largest grid: a square one may hold fewer than ``tiles``."""
-        return isqrt(self.tiles) ** 2 if self.grid is GridRule.square else self.tiles
+        return most_tiles(self)
 
     @classmethod
     def build(cls, config: ModelConfig, *, llm_layers: int, vit_layers: int) -> "Plan":
         """Resolve and check ``config`` against the depths of both hosts.
 
         Raises:
-            ValueError: an injection without a layer or a group, two on one layer, impossible tiles.
+            ValueError: an injection without a layer or a group, two on one layer, values that contradict each other.
         """
-        _check_tiles(config)
+        check_views(config)
+        check_schedule(config, _last_layer(config.host, llm_layers, vit_layers))
         wanted = [
-            Injection(config.host, config.start_layer + k * config.interval, k, config.operator)
+            Injection(
+                config.host,
+                config.start_layer + k * config.interval,
+                0 if config.source is Source.global_view else k,
+                config.operator,
+                config.source,
+            )
             for k in range(config.groups)
         ]
-        _check_schedule(config, wanted, _last_layer(config.host, llm_layers, vit_layers))
-        wanted += [Injection(i.host, i.layer, i.group, i.operator) for i in config.injections]
+        wanted += [Injection(i.host, i.layer, i.group, i.operator, i.source) for i in config.injections]
         kept: list[Injection] = []
         dropped: list[Injection] = []
         for injection in wanted:
@@ -111,16 +137,9 @@ class Plan:
                     raise ValueError(
                         f"{first} and {second} meet on one layer. Move one, or say model.collisions=sum to add both."
                     )
+        shared = {f.name: getattr(config, f.name) for f in fields(cls) if f.name in _SHARED}
         return cls(
-            name=config.name,
-            tiles=config.tiles,
-            grid=config.grid,
-            dealing=config.dealing,
-            sequence=config.sequence,
-            llm_layers=llm_layers,
-            vit_layers=vit_layers,
-            injections=tuple(kept),
-            dropped=tuple(dropped),
+            **shared, llm_layers=llm_layers, vit_layers=vit_layers, injections=tuple(kept), dropped=tuple(dropped)
         )
 
     def at(self, host: Host) -> dict[int, tuple[Injection, ...]]:
@@ -131,9 +150,12 @@ class Plan:
                 layers[injection.layer] = (*layers.get(injection.layer, ()), injection)
         return layers
 
-    def groups(self, host: Host) -> tuple[int, ...]:
-        """The groups that enter ``host``, ascending: the rows of its index table."""
-        return tuple(sorted({i.group for i in self.injections if i.host is host}))
+    def groups(self, host: Host) -> tuple[Dealt, ...]:
+        """The groups that ``host`` takes, tiles' first: the rows of its index table."""
+        taken = {i.dealt for i in self.injections if i.host is host}
+        if host is Host.llm and self.sequence is Sequence.channels:
+            taken = {(Source.tiles, group) for group in range(self.most_tiles)}
+        return tuple(sorted(taken, key=lambda dealt: (list(Source).index(dealt[0]), dealt[1])))
 
     def gated(self, host: Host) -> tuple[Injection, ...]:
         """The injections of ``host`` that own a learned gate, in order."""
@@ -141,30 +163,50 @@ class Plan:
 
     @property
     def idle_groups(self) -> tuple[int, ...]:
-        """Groups that are dealt but reach no layer and no sequence."""
-        if not self.tiles or self.sequence is Sequence.global_and_tiles:
+        """Groups of tiles that are dealt but reach no layer and no sequence."""
+        if self.sequence in WITH_TILES:
             return ()
-        used = {i.group for i in self.injections}
+        used = {i.group for i in self.injections if i.source is Source.tiles}
         return tuple(k for k in range(self.most_tiles) if k not in used)
 
     @property
+    def idle_detail(self) -> tuple[int, ...]:
+        """Groups of detail that are dealt but reach no layer."""
+        used = {i.group for i in self.injections if i.source is Source.detail}
+        return tuple(k for k in range(self.detail**2) if k not in used) if self.detail > 1 else ()
+
+    @property
     def tiles_reach_feature(self) -> bool:
-        """Whether tiles run through the whole tower (for the LLM), not only up to a stack inside it."""
-        return self.sequence is Sequence.global_and_tiles or bool(self.groups(Host.llm))
+        """Whether more than global views runs through the whole tower (for the LLM), not only up to a stack in it."""
+        enters = any(source is not Source.global_view for source, _ in self.groups(Host.llm))
+        return self.sequence in WITH_TILES or enters
 
     def context_tokens(self, tokens_per_view: int) -> int:
         """Most positions that one image takes in the text sequence."""
-        views = 1 + self.most_tiles if self.sequence is Sequence.global_and_tiles else 1
-        return views * tokens_per_view
+        if self.sequence not in STRINGS:
+            return tokens_per_view
+        views = self.most_tiles + (self.sequence is Sequence.global_and_tiles)
+        rows = isqrt(self.most_tiles) if self.grid is GridRule.square else self.most_tiles  # of the highest grid
+        newlines = 0 if self.newline is Newline.none else rows * isqrt(tokens_per_view)
+        return views * tokens_per_view + newlines
+
+    def views(self, tiles: int) -> int:
+        """Views of an image with ``tiles`` tiles."""
+        return (1 + tiles) * (1 + (self.detail**2 if self.detail > 1 else 0))
 
     def seen_tokens(self, tokens_per_view: int) -> int:
         """Most visual tokens that one image is read into."""
-        return (1 + self.most_tiles) * tokens_per_view
+        return self.views(self.most_tiles) * tokens_per_view
 
     @property
     def digest(self) -> str:
-        """A stable name for what this plan does (its ``name`` does not count)."""
-        values = {key: value for key, value in self.to_dict().items() if key != "name"}
+        """A stable name for what this plan does: its ``name`` does not count, nor do values that plans learned later
+        and this one leaves alone.
+        """
+        unsaid = {f.name: _plain(f.default) for f in fields(self) if f.default is not MISSING and f.name != "dropped"}
+        values = {k: v for k, v in self.to_dict().items() if k != "name" and v != unsaid.get(k, MISSING)}
+        for key in ("injections", "dropped"):
+            values[key] = [{k: v for k, v in i.items() if (k, v) != ("source", "tiles")} for i in values[key]]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,50 +219,40 @@ class Plan:
 
         def injections(key: str) -> tuple[Injection, ...]:
             return tuple(
-                Injection(Host(i["host"]), i["layer"], i["group"], Operator(i["operator"])) for i in values[key]
+                Injection(
+                    Host(i["host"]), i["layer"], i["group"], Operator(i["operator"]), Source(i.get("source", "tiles"))
+                )
+                for i in values[key]
             )
 
-        return cls(
-            name=values["name"],
-            tiles=values["tiles"],
-            grid=GridRule(values["grid"]),
-            dealing=Dealing(values["dealing"]),
-            sequence=Sequence(values["sequence"]),
-            llm_layers=values["llm_layers"],
-            vit_layers=values["vit_layers"],
-            injections=injections("injections"),
-            dropped=injections("dropped"),
-        )
+        enums = {name: kind(values[name]) for name, kind in _ENUMS.items() if name in values}
+        plain = {name: value for name, value in values.items() if name not in _ENUMS}
+        return cls(**{**plain, **enums, "injections": injections("injections"), "dropped": injections("dropped")})
 
     def draw(self) -> str:
         """The plan as text, the output on top."""
-        rows = [f"plan {self.name} ({self.digest})", ""]
-        for host, last in ((Host.llm, self.llm_layers - 1), (Host.vit, self.vit_layers)):
-            layers = self.at(host)
-            for layer in range(last, -1, -1):
-                feature = host is Host.vit and layer == last
-                label = "feature " if feature else f"{'layer' if host is Host.llm else 'block'} {layer:2}"
-                arrows = "".join(
-                    f" <- group {i.group}{' (gated)' if i.operator is Operator.gated_add else ''}"
-                    for i in layers.get(layer, ())
-                )
-                rows.append(f"  {host.name} {label} |{arrows}")
-            rows.append(f"  {'text and ' + self._sequence_text() if host is Host.llm else self._views_text()}")
-            rows.append("")
-        if not self.injections:
-            rows.append("  no injections: nothing is stacked")
-        rows += [f"  dropped beyond the depth: {i}" for i in self.dropped]
-        if self.idle_groups:
-            rows.append(f"  dealt but injected nowhere: groups {', '.join(map(str, self.idle_groups))}")
-        return "\n".join(rows).rstrip()
+        return sketch(self)
 
-    def _sequence_text(self) -> str:
-        return "global view" if self.sequence is Sequence.global_view else f"global view and {self.tiles} groups"
+    def notes(self) -> list[str]:
+        """What is dealt for nothing."""
+        notes = []
+        for what, groups in (("groups", self.idle_groups), ("detail groups", self.idle_detail)):
+            if groups:
+                notes.append(f"dealt but injected nowhere: {what} {', '.join(map(str, groups))}")
+        return notes
 
-    def _views_text(self) -> str:
-        if not self.tiles:
-            return "global view"
-        return f"global view and up to {self.tiles} tiles ({self.grid.value}), dealt {self.dealing.value}"
+
+_ENUMS: dict[str, type[Enum]] = {
+    "grid": GridRule,
+    "dealing": Dealing,
+    "sequence": Sequence,
+    "resize": Resize,
+    "encoding": Encoding,
+    "order": Order,
+    "unfilled": Unfilled,
+    "newline": Newline,
+}
+_SHARED = {"name", "tiles", "detail", "pooling", *_ENUMS}  # values that a plan takes over from its ModelConfig
 
 
 def _plain(value: Any) -> Any:
@@ -229,10 +261,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _most_groups(config: ModelConfig) -> int:
-    return isqrt(config.tiles) ** 2 if config.grid is GridRule.square else config.tiles
 
 
 def _last_layer(host: Host, llm_layers: int, vit_layers: int) -> int:
@@ -245,35 +273,3 @@ def _depth(host: Host, llm_layers: int, vit_layers: int) -> str:
     return (
         f"the tower's feature is read after {vit_layers} blocks (layers 0 to {vit_layers}, the last the feature itself)"
     )
-
-
-def _check_tiles(config: ModelConfig) -> None:
-    if config.tiles < 0 or config.groups < 0 or config.start_layer < 0 or config.interval < 1:
-        raise ValueError(
-            f"model.tiles={config.tiles}, model.groups={config.groups}, model.start_layer={config.start_layer}, "
-            f"model.interval={config.interval}: the first three cannot be negative, interval must be at least 1."
-        )
-    if config.tiles == 1 and config.grid is GridRule.best_fit:
-        raise ValueError("model.tiles=1: best_fit has no grid of one tile (1x1 is excluded). Use 0, or 2 and more.")
-    if config.sequence is Sequence.global_and_tiles and not config.tiles:
-        raise ValueError("model.sequence=global_and_tiles needs tiles: set model.tiles to 2 or more.")
-
-
-def _check_schedule(config: ModelConfig, wanted: list[Injection], last: int) -> None:
-    most = _most_groups(config)
-    if config.groups > most:
-        raise ValueError(
-            f"model.groups={config.groups}, but {config.tiles} tiles ({config.grid.value}) deal at most {most} groups. "
-            "Lower `model.groups` or raise `model.tiles`."
-        )
-    reached = wanted[-1].layer if wanted else 0
-    if wanted and reached > last and config.overflow is Overflow.refuse:
-        depth = (
-            f"the LLM has {last + 1} layers"
-            if config.host is Host.llm
-            else f"the tower's feature is read after {last} blocks, so {last} is the last place"
-        )
-        raise ValueError(
-            f"{config.groups} groups from layer {config.start_layer}, one every {config.interval}, reach layer "
-            f"{reached}, but {depth}. Lower `model.start_layer`, `model.interval` or `model.groups`."
-        )

@@ -26,6 +26,7 @@ class VisionConfig:
     heads: int = 16
     mlp_ratio: float = 4.0
     quick_gelu: bool = True
+    layer_norm_eps: float = 1e-5
     feature_layer: int = -2  # index into the hidden states 0..layers (0: the embeddings); -2: the last block's input
     mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
     std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])

@@ -1,14 +1,18 @@
 """Views to visual tokens, with injections on the way: DeepStack-V (paper, section 3.3; method B).
 
-Axes: ``v`` views (global views first, then tiles), ``k`` views that reach the feature, ``p2`` patches of a view,
+Axes: ``v`` views (global views first, then all others), ``k`` views that reach the feature, ``p2`` patches of a view,
 ``h`` groups entering the tower, ``m`` patches of all global views, ``d`` width.
 """
 
+from math import isqrt
+
+import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from deepstack_pl.stacking.config import Host
+from deepstack_pl.stacking.config import Encoding, Host
 from deepstack_pl.stacking.injection import InjectionTrace, inject
 from deepstack_pl.stacking.plan import Plan
 from deepstack_pl.vision.config import VisionConfig
@@ -38,24 +42,38 @@ class VisionEncoder(nn.Module):
         """The selected hidden state without the class token.
 
         Groups are dealt from the tiles as they stand before the first injected layer; from there on tiles go along
-        only where the plan needs their features too.
+        only where the plan needs their features too. Views that nothing reads are not run.
         """
         prefix, injections = self.tower.prefix, self.plan.at(Host.vit)
         groups, gated = self.plan.groups(Host.vit), self.plan.gated(Host.vit)
+        images = vit_rows.shape[1] // self.tower.config.patches_per_side**2
+        if self.plan.encoding is Encoding.one_pass:
+            return self._one_pass(views, images)
+        if not injections and not self.plan.tiles_reach_feature:
+            views = views[:images]
         hidden = self.tower.embed(views)
         sources = hidden
         for layer in range(self.plan.vit_layers + 1):
             if injections and layer == min(injections):
                 sources = hidden[:, prefix:].flatten(0, 1)
                 if not self.plan.tiles_reach_feature:
-                    hidden = hidden[: vit_rows.shape[1] // (hidden.shape[1] - prefix)]
+                    hidden = hidden[:images]
             for injection in injections.get(layer, ()):
-                rows = self._spread(vit_rows[groups.index(injection.group)], hidden)
+                rows = self._spread(vit_rows[groups.index(injection.dealt)], hidden)
                 scale = scales[gated.index(injection)] if scales is not None and injection in gated else None
                 hidden = inject(hidden, sources, rows, injection, scale, traces)
             if layer < self.plan.vit_layers:
                 hidden = self.tower.blocks[layer](hidden)
         return hidden[:, prefix:]
+
+    def _one_pass(self, views: Float[Tensor, "v 3 s s"], images: int) -> Float[Tensor, "k p2 d"]:
+        """Global views by themselves, each image's tiles as one enlarged image, cut up again afterwards."""
+        prefix, side, patches = self.tower.prefix, isqrt(self.plan.most_tiles), self.tower.config.patches_per_side
+        small, large = self.tower.embed(views[:images]), self.tower.embed_together(views[images:], (side, side))
+        for block in self.tower.blocks[: self.plan.vit_layers]:
+            small, large = block(small), block(large)
+        cut = rearrange(large[:, prefix:], "i (r h c w) d -> (i r c) (h w) d", r=side, c=side, h=patches, w=patches)
+        return torch.cat([small[:, prefix:], cut])
 
     def _spread(self, rows: Int[Tensor, " m"], hidden: Float[Tensor, "k t d"]) -> Int[Tensor, "k t"]:
         """Rows over all tokens of all views in flight: nothing for class tokens and tiles."""

@@ -5,6 +5,8 @@ from typing import Any
 
 import open_clip
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
@@ -33,13 +35,29 @@ class OpenClipTower(nn.Module):
             mlp_ratio=config.mlp_ratio,
             output_dim=config.width,
             act_layer=QuickGELU if config.quick_gelu else nn.GELU,
-            norm_layer=partial(LayerNorm, eps=1e-5),
+            norm_layer=partial(LayerNorm, eps=config.layer_norm_eps),
         )
         self.visual.proj = None  # the contrastive head: never used here
 
     def embed(self, views: Float[Tensor, "v 3 s s"]) -> Float[Tensor, "v t d"]:
         """Patches, class token and positions, normalised: hidden state 0."""
         return self.visual._embeds(views)
+
+    def embed_together(self, tiles: Float[Tensor, "v 3 s s"], grid: tuple[int, int]) -> Float[Tensor, "i t d"]:
+        """The same of enlarged images: ``grid`` (columns, rows) tiles of each are one, with one class token.
+
+        Positions of patches are interpolated to the larger lattice, bicubic, as the published code meant to (method
+        A.6): patches do not overlap, so that those of the tiles are those of the whole.
+        """
+        visual, (columns, rows) = self.visual, grid
+        patches = visual.conv1(tiles)
+        lattice = rearrange(patches, "(i r c) d h w -> i (r h c w) d", r=rows, c=columns)
+        positions = visual.positional_embedding
+        own = rearrange(positions[1:], "(h w) d -> 1 d h w", h=self.config.patches_per_side)
+        size = [n * self.config.patches_per_side for n in (rows, columns)]
+        larger = F.interpolate(own.float(), size=size, mode="bicubic", align_corners=False).to(own.dtype)
+        first = (visual.class_embedding + positions[0]).expand(len(lattice), 1, -1)
+        return visual.ln_pre(torch.cat([first, lattice + rearrange(larger, "1 d h w -> (h w) d")], dim=1))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,6 +122,7 @@ class OpenClipTower(nn.Module):
         assert isinstance(block, ResidualAttentionBlock)
         values = {
             "heads": (self.config.heads, block.attn.num_heads),
+            "layer_norm_eps": (self.config.layer_norm_eps, block.ln_1.eps),
             "quick_gelu": (self.config.quick_gelu, isinstance(block.mlp.get_submodule("gelu"), QuickGELU)),
             "mean": (list(self.config.mean), list(pixels["mean"])),
             "std": (list(self.config.std), list(pixels["std"])),
