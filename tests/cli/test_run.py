@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import go_on, results_of, run_of, start
+from tiny_run import TINY, go_on, results_of, run_of, start
 
 from deepstack_pl.cli import run as cli_run
+from deepstack_pl.cli.assemble import make_processor
 from deepstack_pl.cli.provenance import Memory
+from deepstack_pl.data.sources import open_sources
 
 TWICE = ("+callbacks.twice={_target_: tiny_run.CtrlCTwice}", "callbacks.checkpoint.every_steps=1")
 
@@ -80,6 +82,23 @@ def test_init_from_is_recorded_and_said(capsys: pytest.CaptureFixture[str]) -> N
     assert start(folder=Path("one"))["init_from"] is None
     assert start("init_from=one", folder=Path("two"))["init_from"] == "one"
     assert "starting from the weights of one" in capsys.readouterr().out
+
+
+def test_deepstack_l_hd_trains_proven_and_counts_what_it_cuts(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = start("model=deepstack_l_hd", folder=Path("whole"))
+    assert (whole["status"], whole["receipt"]) == ("finished", {"ok": True, "injections": 4})
+    assert whole["tokens_per_image"] == {"seen": 25 * 16, "context": 5 * 16 + 4 * 4}  # 1 x 4 tiles: most newlines
+    assert whole["data"]["cut_positions"] == 0
+    assert "cut off" not in capsys.readouterr().out
+    length = len(
+        make_processor(run_of(*TINY, "model=deepstack_l_hd")).prepare(open_sources(run_of(*TINY).data)[0][0]).labels
+    )
+    cut = ("llm.too_long=cut", f"llm.max_length={length - 3}")
+    with pytest.raises(ValueError, match="which counts what it cuts"):
+        start("model=deepstack_l_hd", cut[1], folder=Path("refused"))
+    lost = start("model=deepstack_l_hd", *cut, folder=Path("cut"))["data"]["cut_positions"]
+    assert lost == 3 * 4 * 3, "three steps of four samples, all of one length"
+    assert f"cut off, of samples longer than llm.max_length: {lost} positions" in capsys.readouterr().out
 
 
 def test_a_peak_of_an_earlier_run_is_not_reported_as_this_ones() -> None:

@@ -8,7 +8,8 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from PIL import Image
 
-from deepstack_pl.inspection.plots import page_figure, plan_figure, to_pixels
+from deepstack_pl.inspection.pages import page_figure
+from deepstack_pl.inspection.plots import plan_figure, to_pixels
 from deepstack_pl.stacking.config import Dealing, Host, InjectionConfig, ModelConfig, Operator, Overflow, Sequence
 from deepstack_pl.stacking.plan import Plan
 

@@ -10,6 +10,7 @@ import torch
 from small_run import Pages, small_model, small_module, small_processor, small_trainer
 
 from deepstack_pl.data.config import DataConfig
+from deepstack_pl.language.config import TooLong
 from deepstack_pl.training.checkpoint import RunCheckpoint
 from deepstack_pl.training.datamodule import DeepStackDataModule
 from deepstack_pl.training.interrupt import GracefulStop
@@ -132,8 +133,29 @@ def test_the_position_counts_what_was_trained_and_not_what_was_fetched(tmp_path)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["DeepStackDataModule"]
     digest = state.pop("keys_digest")
     identity = {"fingerprint": "two colours", "seed": 0, "batch_size": 4, "accumulate_grad_batches": 1}
-    assert state == {"step": 2, **identity}
+    assert state == {"step": 2, "cut_positions": 0, **identity}
     assert digest == digest_of(tmp_path / "two", steps=2)
+
+
+def test_positions_cut_off_are_counted_over_a_resume(tmp_path):
+    def cutting():
+        datamodule = data()
+        datamodule.processor.max_length, datamodule.processor.too_long = 24, TooLong.cut
+        return datamodule
+
+    lost = {}
+    for key in map(str, range(12)):
+        sample = cutting().processor.prepare(Pages()[int(key)])
+        lost[sample.key] = sample.cut
+        assert len(sample.input_ids) == min(24, 24 + sample.cut)
+    assert any(lost.values())
+    whole, first, going_on = cutting(), interrupt_after(2), cutting()
+    fit(tmp_path / "a", Keys(), datamodule=whole)
+    fit(tmp_path / "b", first, GracefulStop(), RunCheckpoint(tmp_path / "b"), datamodule=cutting())
+    rest = Keys()
+    fit(tmp_path / "b", rest, resume=tmp_path / "b" / "last.ckpt", datamodule=going_on)
+    counted = sum(lost[key] for keys in first.seen + rest.seen for key in keys)
+    assert whole.cut_positions == going_on.cut_positions == counted
 
 
 def test_the_digest_is_of_the_batches_trained_on_and_not_of_what_settings_promise(tmp_path):

@@ -93,6 +93,7 @@ def data_of(train: Source, val: Source, run: RunConfig) -> dict[str, Any]:
         "name": run.data.name,
         "fingerprint": {"train": train.fingerprint, "val": val.fingerprint},
         "samples": {"train": len(train), "val": len(val)},
+        "cut_positions": 0,
     }
 
 

@@ -56,7 +56,9 @@ def execute(
     notes = settle(run)
     if run.init_from and resumed is None:
         notes.append(f"starting from the weights of {relative(run.init_from)}")
-    console.print(build_plan(run.model, run.llm, run.vision).draw() + "\n", markup=False, highlight=False)
+    console.print(
+        build_plan(run.model, run.llm, run.vision).draw() + "\n", markup=False, highlight=False, soft_wrap=True
+    )
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     lightning.seed_everything(run.seed, workers=True, verbose=False)
@@ -154,6 +156,7 @@ class _Run:
         finally:
             self._count(time.perf_counter() - start)
         self.results |= {"steps": self._step, "interrupted": self._step < self.run.trainer["max_steps"]}
+        self.results["data"]["cut_positions"] = work.datamodule.cut_positions
         self.results["data"]["order_digest"] = work.datamodule.keys_digest[:16]
         (self.folder / "hparams.yaml").unlink(missing_ok=True)  # the TensorBoard logger's; config.yaml says it all
         work.module.network.save_pretrained(self.folder)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from deepstack_pl.batch import Record
-from deepstack_pl.inspection.plots import page_figure, plan_figure, to_pixels
+from deepstack_pl.inspection.pages import page_figure
+from deepstack_pl.inspection.plots import plan_figure, to_pixels
 from deepstack_pl.inspection.probe import quiet
 from deepstack_pl.inspection.receipt import take_receipt
 from deepstack_pl.inspection.record import Receipt

@@ -63,9 +63,7 @@ class Receipt:
         """What the table does not say: an empty plan, dropped injections, idle groups."""
         notes = [] if self.rows else ["no injections: nothing is stacked"]
         notes += [f"dropped beyond the depth: {injection}" for injection in self.plan.dropped]
-        if self.plan.idle_groups:
-            notes.append(f"dealt but injected nowhere: groups {', '.join(map(str, self.plan.idle_groups))}")
-        return notes
+        return notes + self.plan.notes()
 
     def to_dict(self) -> dict[str, Any]:
         head = {"plan": self.plan.name, "digest": self.plan.digest, "ok": self.ok}

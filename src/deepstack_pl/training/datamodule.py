@@ -42,8 +42,9 @@ class DeepStackDataModule(lightning.LightningDataModule):
         self._loader: TimedLoader | None = None
         self._begin()
 
-    def _begin(self, step: int = 0, keys_digest: str = "") -> None:
+    def _begin(self, step: int = 0, keys_digest: str = "", cut_positions: int = 0) -> None:
         self.start_step = self._trained = step
+        self._cut, self._cut_pending = cut_positions, 0
         self._digest = keys_digest
         self._pending: list[list[str]] = []  # keys of batches that the optimiser has not been seen to step on
         self._optimizer_steps = 0
@@ -67,11 +68,18 @@ class DeepStackDataModule(lightning.LightningDataModule):
         self._count()
         return self._digest
 
+    @property
+    def cut_positions(self) -> int:
+        """Positions that were cut off the samples trained on; 0 unless ``llm.too_long=cut``."""
+        self._count()
+        return self._cut
+
     def on_before_batch_transfer(self, batch: MultimodalBatch, dataloader_idx: int) -> MultimodalBatch:
         """Lightning's last word on a batch before it is trained on."""
         if self.trainer is not None and self.trainer.training:
             self._count()
             self._pending.append(list(batch.keys))
+            self._cut_pending += batch.cut
         return batch
 
     def _count(self) -> None:
@@ -80,7 +88,8 @@ class DeepStackDataModule(lightning.LightningDataModule):
         if self._pending and steps != self._optimizer_steps:
             self._digest = hashlib.sha256(json.dumps([self._digest, self._pending]).encode()).hexdigest()
             self._trained += len(self._pending)
-            self._pending = []
+            self._cut += self._cut_pending
+            self._pending, self._cut_pending = [], 0
         self._optimizer_steps = steps
 
     def train_dataloader(self) -> TimedLoader:
@@ -105,7 +114,8 @@ class DeepStackDataModule(lightning.LightningDataModule):
         self.teardown("fit")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "keys_digest": self.keys_digest, **self._identity()}
+        counted = {"step": self.step, "keys_digest": self.keys_digest, "cut_positions": self.cut_positions}
+        return {**counted, **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after the batches that were trained.
@@ -114,7 +124,7 @@ class DeepStackDataModule(lightning.LightningDataModule):
             ValueError: the data, the seed, the batch size or the accumulation are not those of the checkpoint.
         """
         here = self._identity()
-        missing = {"step", "keys_digest", *here} - set(state_dict)
+        missing = {"step", "keys_digest", "cut_positions", *here} - set(state_dict)
         if missing:
             raise ValueError(
                 f"the checkpoint does not say its {', '.join(sorted(missing))}: it was written by another version of "
@@ -128,7 +138,7 @@ class DeepStackDataModule(lightning.LightningDataModule):
                     f"samples would not go on where it stopped. Restore {setting}, or start a new run from its "
                     "weights with init_from."
                 )
-        self._begin(state_dict["step"], state_dict["keys_digest"])
+        self._begin(state_dict["step"], state_dict["keys_digest"], state_dict["cut_positions"])
         # Lightning looks for the position in the loader and would say that it is lost.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 

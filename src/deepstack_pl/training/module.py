@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch
+from deepstack_pl.language.config import TooLong
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.training.config import OptimConfig, StageConfig
 from deepstack_pl.training.parts import PartsTable, apply_stage, optimizer_groups
@@ -79,6 +80,8 @@ class DeepStackModule(lightning.LightningModule):
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=samples)
         supervised = (batch.labels[:, 1:] != IGNORE_INDEX).sum()
         values = {"train/loss": loss.detach(), "train/supervised_tokens": supervised.float(), **self._rates()}
+        if self.network.config.sample_too_long == TooLong.cut.value:
+            values["train/cut_positions"] = float(batch.cut)
         self.log_dict(values, batch_size=samples)
         return loss
 
