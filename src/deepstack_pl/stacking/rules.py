@@ -5,7 +5,7 @@ Every rule looks at values alone, so that a plan from a config.json is held to t
 
 from collections.abc import Sequence as Several
 from math import isqrt
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from deepstack_pl.stacking.config import (
     Encoding,
@@ -26,6 +26,7 @@ WITH_TILES = (Sequence.global_and_tiles, Sequence.tiles, Sequence.channels)  # s
 STRINGS = (Sequence.global_and_tiles, Sequence.tiles)  # sequences in which tiles follow each other
 
 
+@runtime_checkable  # the tests check signatures
 class Values(Protocol):
     """What a `ModelConfig` and a `Plan` have in common."""
 
