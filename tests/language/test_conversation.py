@@ -23,6 +23,7 @@ from deepstack_pl.language.conversation import (
     load_tokenizer,
     render,
     render_prompt,
+    save_tokenizer,
 )
 from deepstack_pl.language.tokenizer import build
 
@@ -307,3 +308,21 @@ class TestShippedTokenizer:
         loaded = load_tokenizer(str(tmp_path))
         assert image_token_id(loaded) == len(bare)
         assert loaded.pad_token == "<s>"
+
+
+@pytest.mark.parametrize("path", [None, str(GOLDEN / "tokenizer")], ids=["shipped", "legacy"])
+def test_a_saved_tokenizer_gives_the_same_ids(path: str | None, tmp_path: Path) -> None:
+    """transformers 5 forgets ``legacy`` when it saves: text after a special token would begin with another token."""
+    tokenizer = load_tokenizer(path)
+    save_tokenizer(tokenizer, tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    text = "USER: hi ASSISTANT: a</s>USER: <image>b"
+    assert again.encode(text) == tokenizer.encode(text)
+    assert image_token_id(again) == image_token_id(tokenizer)
+
+
+def test_a_tokenizer_that_does_not_survive_saving_is_refused(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(GOLDEN / "tokenizer"))
+    vars(tokenizer)["legacy"] = not vars(tokenizer)["legacy"]
+    with pytest.raises(ValueError, match="gives other ids once saved"):
+        save_tokenizer(tokenizer, tmp_path)

@@ -6,12 +6,13 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import PLANS, tiny_llm, tiny_vision
+from tiny import PLANS, tiny_llm, tiny_model, tiny_vision
 
 from deepstack_pl.language.config import LLMConfig, LLMInit
 from deepstack_pl.multimodal.build import build_model, load_weights, text_config
 from deepstack_pl.multimodal.config import ProjectorConfig, ProjectorKind
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.stacking.config import ModelConfig, Operator
 from deepstack_pl.vision.config import VisionConfig, VisionInit
 
 
@@ -146,3 +147,15 @@ def test_views_that_do_not_fit_and_features_that_do_not_exist_are_refused() -> N
         replace(tiny_vision(), image_size=18)
     with pytest.raises(ValueError, match=r"feature_layer=-6 names no hidden state of a tower of 4 layers"):
         replace(tiny_vision(), feature_layer=-6)
+
+
+def test_a_start_from_another_plan_keeps_what_that_plan_had_none_of_and_refuses_what_this_one_has_none_of(tmp_path):
+    gated = ModelConfig(name="gated", operator=Operator.gated_add)
+    plain, gates = tiny_model(PLANS["deepstack_l"], seed=1), tiny_model(gated, seed=2)
+    plain.save_pretrained(tmp_path / "plain")
+    assert load_weights(plain, tmp_path / "plain") == []
+    assert load_weights(gates, tmp_path / "plain") == ["gates.llm"]
+    torch.nn.init.ones_(gates.gates["llm"])
+    gates.save_pretrained(tmp_path / "gated")
+    with pytest.raises(ValueError, match=r"that run's plan owns gates.llm, and this one has no place for it"):
+        load_weights(plain, tmp_path / "gated")

@@ -55,7 +55,6 @@ def test_a_folder_of_other_sizes_is_equal(name: str, tmp_path: Path) -> None:
     assert result.ok, complaints(result)
 
 
-@pytest.mark.xfail(reason="the plan takes the tower's last state for a layer; method B.3 adds before layers alone")
 @pytest.mark.parametrize("name", AFTER_THE_LAST)
 def test_no_group_is_added_behind_the_towers_last_layer(name: str, tmp_path: Path) -> None:
     AFTER_THE_LAST[name]().write(tmp_path)

@@ -4,13 +4,19 @@ import pytest
 
 from deepstack_pl.stacking.config import (
     Collisions,
+    Encoding,
     GridRule,
     Host,
     InjectionConfig,
     ModelConfig,
+    Newline,
     Operator,
+    Order,
     Overflow,
+    Resize,
     Sequence,
+    Source,
+    Unfilled,
 )
 from deepstack_pl.stacking.plan import Injection, Plan
 
@@ -74,6 +80,111 @@ def test_two_injections_on_one_layer_are_refused_unless_summed_on_purpose() -> N
 def test_impossible_plans_are_refused_in_a_sentence(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(replace(L, **change))
+
+
+STRING = replace(L, groups=0, sequence=Sequence.global_and_tiles)
+DETAIL = replace(L, detail=2, source=Source.detail)
+AGAIN = InjectionConfig(source=Source.global_view, layer=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (replace(L, detail=0), r"model\.detail=0.*must be at least 1"),
+        (replace(L, pooling=0), r"model\.pooling=0.*must be at least 1"),
+        (replace(L, groups=-1), r"model\.groups=-1.*cannot be negative"),
+        (replace(L, start_layer=-1), r"model\.start_layer=-1.*cannot be negative"),
+        (replace(STRING, tiles=0, sequence=Sequence.tiles), "model.sequence=tiles needs tiles"),
+        (replace(STRING, tiles=0, sequence=Sequence.channels), "model.sequence=channels needs tiles"),
+        (replace(L, order=Order.raster), "model.sequence=global_view has none. Say model.order=by_group"),
+        (replace(L, unfilled=Unfilled.zeros), "model.sequence=global_view in model.order=by_group has none"),
+        (replace(STRING, order=Order.raster, unfilled=Unfilled.zeros), "in model.order=raster has none"),
+        (replace(STRING, newline=Newline.rows), "model.newline=rows ends the mosaic's rows.*Say model.order=raster"),
+        (replace(STRING, sequence=Sequence.channels, pooling=2), "model.sequence=channels projects last"),
+        (replace(L, tiles=0, groups=0, resize=Resize.letterbox), "model.resize=letterbox with model.tiles=0"),
+        (replace(DETAIL, resize=Resize.letterbox), "detail is cut from plain stretches"),
+        (replace(L, encoding=Encoding.one_pass), "Say model.tiles=4 model.grid=square model.detail=1"),
+        (replace(DETAIL, encoding=Encoding.one_pass, grid=GridRule.square), "model.encoding=one_pass with.*detail=2"),
+        (replace(L, tiles=0, groups=0, encoding=Encoding.one_pass, grid=GridRule.square), "model.encoding=one_pass"),
+        (replace(L, sequence=Sequence.tiles), "group 0 -> llm layer 1: with model.sequence=tiles no position"),
+        (replace(L, sequence=Sequence.channels), "with model.sequence=channels no position in the text"),
+        (
+            replace(
+                L, groups=0, sequence=Sequence.tiles, injections=[InjectionConfig(source=Source.global_view, layer=2)]
+            ),
+            "global view -> llm layer 2: with model.sequence=tiles no position",
+        ),
+        (
+            replace(L, host=Host.vit, start_layer=0, encoding=Encoding.one_pass, grid=GridRule.square),
+            "the tower never sees tiles by themselves",
+        ),
+        (replace(L, groups=0, sequence=Sequence.blank), "it would never see the image"),
+        (replace(L, host=Host.vit, start_layer=0, sequence=Sequence.blank), "it would never see the image"),
+        (
+            replace(STRING, order=Order.raster, newline=Newline.rows_and_groups),
+            "adds newlines with groups of detail, but none is injected",
+        ),
+        (replace(DETAIL, groups=5), "model.groups=5, but model.detail=2 deals 4 groups of every view"),
+        (replace(DETAIL, host=Host.vit, start_layer=0), "detail is laid out like the text sequence.*it enters the LLM"),
+        (replace(DETAIL, sequence=Sequence.blank), "with model.sequence=global_view or global_and_tiles"),
+        (
+            replace(L, injections=[InjectionConfig(source=Source.detail, layer=8)]),
+            "detail group 0 -> llm layer 8: model.detail=1 cuts no detail",
+        ),
+        (
+            replace(L, injections=[InjectionConfig(source=Source.global_view, group=1, layer=8)]),
+            "is its group 1, but model.source=global_view with model.detail=1 deals groups 0 to 0",
+        ),
+        (
+            replace(DETAIL, injections=[InjectionConfig(source=Source.detail, group=4, layer=8)]),
+            "deals groups 0 to 3",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_with_the_remedy(config: ModelConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        build(config)
+    assert str(error.value).endswith(".")
+
+
+def test_a_stored_plan_is_held_to_the_same_rules() -> None:
+    values = build(STRING).to_dict() | {"newline": "rows"}
+    with pytest.raises(ValueError, match=r"Say model\.order=raster"):
+        Plan.from_dict(values)
+
+
+def test_the_global_view_may_be_stacked_again_more_often_than_there_are_groups() -> None:
+    plan = build(replace(L, tiles=0, source=Source.global_view, groups=6))
+    assert [(i.layer, i.group, i.source) for i in plan.injections] == [
+        (layer, 0, Source.global_view) for layer in range(1, 7)
+    ]
+    assert plan.groups(Host.llm) == ((Source.global_view, 0),)
+
+
+def test_context_of_high_definition_is_the_longest_grid_with_its_newlines() -> None:
+    """Method A.7: 1 x 4 tiles take 2976 positions, and 25 views are read of 5."""
+    config = replace(DETAIL, sequence=Sequence.global_and_tiles, order=Order.raster, newline=Newline.rows_and_groups)
+    plan = build(config)
+    assert plan.context_tokens(576) == 2976
+    assert plan.seen_tokens(576) == 14400
+    assert build(replace(config, newline=Newline.none)).context_tokens(576) == 2880
+
+
+def test_digest_of_a_plan_without_new_settings_is_what_it_was_and_each_setting_changes_it() -> None:
+    plain = build(STRING)
+    changes = [
+        {"unfilled": Unfilled.zeros},
+        {"order": Order.raster},
+        {"order": Order.raster, "newline": Newline.rows},
+        {"resize": Resize.letterbox},
+        {"pooling": 2},
+        {"detail": 2},
+        {"sequence": Sequence.tiles},
+        {"grid": GridRule.square},
+        {"grid": GridRule.square, "encoding": Encoding.one_pass},
+    ]
+    digests = [plain.digest, *(build(replace(STRING, **change)).digest for change in changes)]
+    assert len(set(digests)) == len(digests)
 
 
 def test_digest_follows_what_a_plan_does_not_its_name() -> None:

@@ -91,7 +91,9 @@ def model_builder(run: RunConfig, image_token_id: int, *, fresh: bool = True) ->
             device=device,
         )
         if run.init_from and fresh and device != "meta":
-            load_weights(model, run.init_from)
+            drawn = load_weights(model, run.init_from)
+            if drawn:
+                print(f"init_from={run.init_from} has no {', '.join(drawn)}: drawn anew.")
         return model
 
     return build

@@ -24,8 +24,8 @@ from deepstack_pl.language.config import TooLong
 from deepstack_pl.language.host import decoder_layers
 from deepstack_pl.multimodal.expand import make_sample
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
-from deepstack_pl.multimodal.published_config import read_config, unread_keys
-from deepstack_pl.multimodal.published_keys import rename_to_ours, rename_to_published
+from deepstack_pl.multimodal.published.configuration import read_config, unread_keys
+from deepstack_pl.multimodal.published.keys import rename_to_ours, rename_to_published
 from deepstack_pl.multimodal.tensor_files import TensorFiles
 from deepstack_pl.stacking.mosaic import best_grid
 

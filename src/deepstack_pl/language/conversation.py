@@ -24,6 +24,7 @@ as ``<eos>`` in it is cut after its first character.
     True
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,9 +56,11 @@ __all__ = [
     "load_tokenizer",
     "render",
     "render_prompt",
+    "save_tokenizer",
 ]
 
 _SHIPPED = Path(__file__).parent / "tokenizer"
+_SENTENCE = "A chat: <image>\nWhat, in 2024, is THIS? ASSISTANT: a  cat.</s> <|end|>\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,27 @@ def load_tokenizer(path: str | None) -> PreTrainedTokenizerFast:
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
+    """Write ``tokenizer`` so that `load_tokenizer` gives it again, id for id.
+
+    transformers 5 reads ``legacy`` (how text after a special token begins) from a tokenizer's settings, and does not
+    save it.
+
+    Raises:
+        ValueError: the saved tokenizer gives other ids.
+    """
+    tokenizer.save_pretrained(folder)
+    settings = Path(folder) / "tokenizer_config.json"
+    if "legacy" in vars(tokenizer):
+        said = json.loads(settings.read_text(encoding="utf-8")) | {"legacy": vars(tokenizer)["legacy"]}
+        settings.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if tokenizer.encode(_SENTENCE) != load_tokenizer(str(folder)).encode(_SENTENCE):
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} gives other ids once saved: transformers' "
+            f"{type(tokenizer).__name__} does not keep it whole. Give one with a tokenizer.json."
+        )
 
 
 def _not_loaded(path: str | None) -> str:

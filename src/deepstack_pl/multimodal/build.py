@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
@@ -13,9 +12,11 @@ from deepstack_pl.language.config import LLMConfig, LLMInit
 from deepstack_pl.multimodal.config import ProjectorConfig, build_plan
 from deepstack_pl.multimodal.configuration import DeepStackConfig, vision_values
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.multimodal.tensor_files import INDEX, SINGLE, TensorFiles
 from deepstack_pl.stacking.config import ModelConfig
 from deepstack_pl.vision.config import VisionConfig, VisionInit
 
+_OF_THE_PLAN = ("gates.", "image_newline")  # what a plan owns, and not the parts it joins
 PARTS = ("vision", "projector", "llm")
 _PREFIXES = {
     "vision_tower": "vision",
@@ -74,31 +75,53 @@ def parts(model: DeepStackForConditionalGeneration) -> dict[str, list[tuple[str,
     return sorted_in
 
 
-def load_weights(model: DeepStackForConditionalGeneration, folder: str | Path) -> None:
+def load_weights(model: DeepStackForConditionalGeneration, folder: str | Path) -> list[str]:
     """Start ``model`` from the weights of a run or an exported folder; the plans may differ, the tensors may not.
+
+    Returns the parameters that stay as they were drawn: gates and newline of a plan that folder's plan had none of.
 
     Raises:
         ValueError: no weights there, or tensors of other names or shapes.
     """
-    file = Path(folder) / "model.safetensors"
-    if not file.is_file():
+    if not any((Path(folder) / name).is_file() for name in (SINGLE, INDEX)):
         raise ValueError(
-            f"init_from={folder}: there is no model.safetensors. Give the folder of a finished run (outputs/latest "
-            "names the newest), or one written by save_pretrained."
+            f"init_from={folder}: there is no {SINGLE}, nor an index of shards. Give the folder of a finished run "
+            "(outputs/latest names the newest), or one written by save_pretrained or `deepstack convert`."
         )
     _refuse_another_architecture(model.config, DeepStackConfig.from_pretrained(folder), folder)
-    loaded = load_file(file)
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shared = {name for group in _tied(model) for name in group if group & loaded.keys()}
-    missing = sorted(own.keys() - loaded.keys() - shared)
-    left_over = sorted(loaded.keys() - own.keys())
-    reshaped = sorted(n for n, t in loaded.items() if n in own and own[n] != tuple(t.shape))
+    files, state = TensorFiles(Path(folder)), model.state_dict()
+    shared = {name for group in _tied(model) for name in group if group & files.keys()}
+    missing = sorted(state.keys() - files.keys() - shared)
+    drawn = [name for name in missing if name.startswith(_OF_THE_PLAN)]
+    missing = [name for name in missing if name not in drawn]
+    left_over = sorted(files.keys() - state.keys())
+    owned = [name for name in left_over if name.startswith(_OF_THE_PLAN)]
+    if owned:
+        raise ValueError(
+            f"init_from={folder}: that run's plan owns {', '.join(owned)}, and this one has no place for it. Take a "
+            "model= with gates or newlines like that run's, or start from another run."
+        )
+    reshaped = sorted(n for n in files if n in state and tuple(state[n].shape) != files.shape(n))
     if missing or left_over or reshaped:
         raise ValueError(
             f"init_from={folder} does not fit this model: missing {missing[:3]}, left over {left_over[:3]}, of another "
             f"shape {reshaped[:3]}. llm=, vision= and projector= must be those of that run."
         )
-    model.load_state_dict(loaded, strict=False)
+    for name in files:  # one by one: two copies of a large model need not fit
+        state[name].copy_(files[name])
+    return drawn
+
+
+# Of the LLM's configuration: where it came from, how it was drawn, what `generate` does by default.
+_NO_ARCHITECTURE = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "initializer_range",
+    "pretraining_tp",
+    "transformers_version",
+    "use_cache",
+}
 
 
 def _refuse_another_architecture(own: DeepStackConfig, theirs: DeepStackConfig, folder: str | Path) -> None:
@@ -108,7 +131,7 @@ def _refuse_another_architecture(own: DeepStackConfig, theirs: DeepStackConfig, 
         "llm": (
             own.text_config.to_dict(),
             theirs.text_config.to_dict(),
-            {"dtype", "transformers_version", "_name_or_path"},
+            _NO_ARCHITECTURE,
         ),
         "vision": (own.vision, theirs.vision, ignored),
         "projector": (_projector_values(own), _projector_values(theirs), set()),

@@ -11,7 +11,14 @@ from transformers import PreTrainedTokenizerFast
 
 from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch, PadSide, Record, Role, Sample, Turn, collate
 from deepstack_pl.language.config import TooLong
-from deepstack_pl.language.conversation import TEMPLATES, encode, encode_prompt, image_token_id, load_tokenizer
+from deepstack_pl.language.conversation import (
+    TEMPLATES,
+    encode,
+    encode_prompt,
+    image_token_id,
+    load_tokenizer,
+    save_tokenizer,
+)
 from deepstack_pl.multimodal.configuration import DeepStackConfig
 from deepstack_pl.multimodal.expand import make_sample
 from deepstack_pl.stacking.plan import Plan
@@ -61,7 +68,7 @@ class DeepStackProcessor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer; the rest stands in the model's config.json."""
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
 
     def prepare(self, record: Record) -> Sample:
         """A training sample: the whole conversation, answers supervised.

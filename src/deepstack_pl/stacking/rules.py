@@ -85,10 +85,13 @@ def check_views(values: Values) -> None:
             f"model.resize=letterbox with model.tiles={values.tiles} and model.detail={values.detail}: tiles are "
             "letter-boxed, and detail is cut from plain stretches. Say model.resize=stretch."
         )
-    if values.encoding is Encoding.one_pass and (values.grid is not GridRule.square or values.detail > 1):
+    if values.encoding is Encoding.one_pass and not (
+        values.tiles and values.grid is GridRule.square and values.detail == 1
+    ):
         raise ValueError(
-            f"model.encoding=one_pass with model.grid={values.grid.name} and model.detail={values.detail}: enlarged "
-            "images of one pass must be equally large. Say model.grid=square model.detail=1."
+            f"model.encoding=one_pass with model.tiles={values.tiles}, model.grid={values.grid.name} and model.detail="
+            f"{values.detail}: there must be tiles to enlarge, and enlarged images must be equally large. Say "
+            "model.tiles=4 model.grid=square model.detail=1."
         )
 
 
