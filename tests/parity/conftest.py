@@ -1,4 +1,4 @@
-"""The oracle and the tiny models are those of tests/multimodal."""
+"""The oracle and the tiny models are those of tests/multimodal, whole runs those of tests/cli."""
 
 import sys
 from collections.abc import Iterator
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "multimodal"))
+for room in ("multimodal", "cli"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / room))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -89,6 +89,7 @@ def model_builder(run: RunConfig, image_token_id: int, *, fresh: bool = True) ->
             seed=run.seed,
             image_token_id=image_token_id,
             device=device,
+            start=run.init_from,
         )
         if run.init_from and fresh and device != "meta":
             drawn = load_weights(model, run.init_from)
@@ -100,12 +101,14 @@ def model_builder(run: RunConfig, image_token_id: int, *, fresh: bool = True) ->
 
 
 def make_processor(run: RunConfig) -> DeepStackProcessor:
-    """The processor of ``run``; a randomly initialised LLM speaks the shipped tokenizer."""
+    """The processor of ``run``; a randomly initialised LLM speaks the shipped tokenizer, and a pretrained one that of
+    the folder where all weights come from, or of its own checkpoint.
+    """
     pretrained = run.llm.init is LLMInit.pretrained
     if pretrained:
-        checkpoint_config(run.llm)  # its error says more than a missing tokenizer's would
+        checkpoint_config(run.llm, run.init_from)  # its error says more than a missing tokenizer's would
     return DeepStackProcessor(
-        load_tokenizer(run.llm.checkpoint if pretrained else None),
+        load_tokenizer((run.init_from or run.llm.checkpoint) if pretrained else None),
         plan=build_plan(run.model, run.llm, run.vision),
         vision=run.vision,
         template=run.llm.template,

@@ -4,7 +4,6 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from hydra.utils import get_method
@@ -13,7 +12,7 @@ from transformers.models.auto import CONFIG_MAPPING
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.language.config import LLMConfig
 from deepstack_pl.language.template import IMAGE, TEMPLATES
-from deepstack_pl.multimodal.build import text_config
+from deepstack_pl.multimodal.build import require_weights, text_config
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 
 _ONE_DEVICE = "Training over several devices is not supported yet"
@@ -42,11 +41,8 @@ def check(run: RunConfig, *, fresh: bool = True) -> None:
         raise ValueError(
             f"llm.template={run.llm.template}: no such template. There are {', '.join(sorted(TEMPLATES))}.{hint}"
         )
-    if fresh and run.init_from and not (Path(run.init_from) / "model.safetensors").is_file():
-        raise ValueError(
-            f"init_from={run.init_from}: there is no model.safetensors. Give the folder of a finished run "
-            "(outputs/latest names the newest), or one written by save_pretrained."
-        )
+    if fresh and run.init_from:
+        require_weights(run.init_from)
 
 
 def check_trainer(run: RunConfig) -> None:

@@ -36,8 +36,12 @@ def build_model(
     seed: int,
     image_token_id: int,
     device: str = "cpu",
+    start: str | Path | None = None,
 ) -> DeepStackForConditionalGeneration:
     """Build the model; on ``device="meta"`` shapes alone, without weights or network.
+
+    With ``start``, a folder whose weights follow (`load_weights`, or a checkpoint of a run that began there), nothing
+    is fetched: of a pretrained LLM the configuration comes from there, too.
 
     Raises:
         ValueError: the plan does not fit, or pretrained weights are not at hand.
@@ -46,7 +50,7 @@ def build_model(
     meta = device == "meta"
     pretrained = llm.init is LLMInit.pretrained and not meta
     config = DeepStackConfig(
-        text_config=checkpoint_config(llm) if pretrained else text_config(llm),
+        text_config=checkpoint_config(llm, start) if pretrained else text_config(llm),
         vision=vision_values(vision),
         projector=projector.kind.value,
         projector_sharing=projector.sharing.value,
@@ -60,9 +64,9 @@ def build_model(
     config._attn_implementation = llm.attention.value
     with torch.device(device):
         built = DeepStackForConditionalGeneration(config)
-    if pretrained:
+    if pretrained and start is None:
         built.language_model.load_state_dict(_checkpoint(llm).state_dict())
-    if vision.init is VisionInit.pretrained and not meta:
+    if vision.init is VisionInit.pretrained and start is None and not meta:
         built.vision_tower.tower.load_pretrained()
     return built
 
@@ -83,11 +87,7 @@ def load_weights(model: DeepStackForConditionalGeneration, folder: str | Path) -
     Raises:
         ValueError: no weights there, or tensors of other names or shapes.
     """
-    if not any((Path(folder) / name).is_file() for name in (SINGLE, INDEX)):
-        raise ValueError(
-            f"init_from={folder}: there is no {SINGLE}, nor an index of shards. Give the folder of a finished run "
-            "(outputs/latest names the newest), or one written by save_pretrained or `deepstack convert`."
-        )
+    require_weights(folder)
     _refuse_another_architecture(model.config, DeepStackConfig.from_pretrained(folder), folder)
     files, state = TensorFiles(Path(folder)), model.state_dict()
     shared = {name for group in _tied(model) for name in group if group & files.keys()}
@@ -122,6 +122,19 @@ _NO_ARCHITECTURE = {
     "transformers_version",
     "use_cache",
 }
+
+
+def require_weights(folder: str | Path) -> None:
+    """Refuse a folder to start from that holds no weights.
+
+    Raises:
+        ValueError: naming the folder, and what to give instead.
+    """
+    if not any((Path(folder) / name).is_file() for name in (SINGLE, INDEX)):
+        raise ValueError(
+            f"init_from={folder}: there is no {SINGLE}, nor an index of shards. Give the folder of a finished run "
+            "(outputs/latest names the newest), or one written by save_pretrained or `deepstack convert`."
+        )
 
 
 def _refuse_another_architecture(own: DeepStackConfig, theirs: DeepStackConfig, folder: str | Path) -> None:
@@ -186,18 +199,25 @@ def _not_at_hand(llm: LLMConfig, error: Exception) -> ValueError:
     )
 
 
-def checkpoint_config(llm: LLMConfig) -> PreTrainedConfig:
-    """The checkpoint's own configuration, in full; conf's values must agree with it."""
+def checkpoint_config(llm: LLMConfig, start: str | Path | None = None) -> PreTrainedConfig:
+    """The checkpoint's own configuration, or that of the LLM in the folder ``start``, in full; conf's values must agree
+    with it.
+    """
     try:
-        config = AutoConfig.from_pretrained(_named(llm))
+        if start is None:
+            config = AutoConfig.from_pretrained(_named(llm))
+        else:
+            config = DeepStackConfig.from_pretrained(start).text_config
     except OSError as error:
+        if start is not None:
+            raise ValueError(f"init_from={start}: its config.json cannot be read. Is the folder there?") from error
         raise _not_at_hand(llm, error) from error
     own, theirs = text_config(llm).to_dict(), config.to_dict()
     named = [*llm.architecture, "rope_parameters"]  # transformers 5 moves rope_theta and rope_scaling in there
     differ = {key: (own[key], theirs.get(key)) for key in named if key in own and own[key] != theirs.get(key)}
     if config.model_type != llm.family or differ:
         raise ValueError(
-            f"llm={llm.name}: conf and the checkpoint {llm.checkpoint} disagree (conf, checkpoint): "
+            f"llm={llm.name}: conf and the checkpoint {start or llm.checkpoint} disagree (conf, checkpoint): "
             f"{differ or (llm.family, config.model_type)}. Plans are checked against conf: correct llm.architecture."
         )
     return config

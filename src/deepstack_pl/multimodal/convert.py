@@ -232,6 +232,7 @@ def _next_steps(destination: str | Path, words: PreTrainedTokenizerFast | None, 
         f"written to {destination}",
         f"load it:         DeepStackForConditionalGeneration.from_pretrained({str(destination)!r})",
         f"train from it:   python train.py init_from={destination} model=... llm=... vision=...",
+        "                 (options that describe this language model and tower; nothing else is fetched)",
         f"take it back:    deepstack convert {destination} FOLDER --to published",
     ]
 
