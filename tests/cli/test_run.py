@@ -116,3 +116,34 @@ def test_threads_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     cli_run._share_cores(run_of("data.workers=1"))
     assert told == [2]
+
+
+def test_a_run_of_before_samples_could_be_cut_goes_on_and_starts_others() -> None:
+    """Its checkpoint and its config.json say nothing of values that came later."""
+    start("callbacks.checkpoint.every_steps=1", folder=Path("old"))
+    file = Path("old/checkpoints/last.ckpt")
+    saved = torch.load(file, weights_only=True)
+    for name in ("cut_positions", "cut_answers"):
+        del saved["DeepStackDataModule"][name]
+    torch.save(saved, file)
+    values = json.loads(Path("old/config.json").read_text())
+    for key in ("projector_sharing", "sample_too_long", "published"):
+        del values[key]
+    del values["vision"]["layer_norm_eps"]
+    later = ("resize", "detail", "encoding", "pooling", "order", "unfilled", "newline")
+    values["plan"] = {name: value for name, value in values["plan"].items() if name not in later}
+    for injection in values["plan"]["injections"]:
+        del injection["source"]
+    Path("old/config.json").write_text(json.dumps(values))
+    assert start("init_from=old", folder=Path("new"))["status"] == "finished"
+    assert go_on("ckpt_path=old", "trainer.max_steps=4")["steps"] == 4
+
+
+def test_a_sample_that_loses_its_answer_is_counted_and_a_question_that_is_too_long_is_refused_at_once() -> None:
+    processor, sources = make_processor(run_of(*TINY)), open_sources(run_of(*TINY).data)
+    length = max(len(processor.prompt(source[i]).input_ids) for source in sources for i in range(len(source)))
+    cut = start("llm.too_long=cut", f"llm.max_length={length}", folder=Path("cut"))["data"]
+    assert 0 < cut["cut_answers"] <= 12, "of three steps of four samples, those with the longest question"
+    with pytest.raises(ValueError, match="Questions are never cut"):
+        start("llm.too_long=cut", f"llm.max_length={length - 1}", folder=Path("refused"))
+    assert results_of(Path("refused"))["steps"] == 0

@@ -6,8 +6,9 @@ from PIL import Image
 from small_run import STACKED, VISION, small_model, small_processor
 from spoiling import broken, failure
 
-from deepstack_pl.inspection.content import dealt_groups
-from deepstack_pl.inspection.probe import probe_batch
+from deepstack_pl.inspection import content
+from deepstack_pl.inspection.content import lay_out
+from deepstack_pl.inspection.probe import Pictures, probe_batch
 from deepstack_pl.inspection.receipt import take_receipt
 from deepstack_pl.inspection.record import ReceiptError
 from deepstack_pl.stacking.config import Dealing, Host, InjectionConfig, ModelConfig, Operator, Source
@@ -72,7 +73,8 @@ def test_a_gate_hides_no_swap(gate):
 
 def test_one_position_with_another_patch_is_counted():
     def swap(batch):
-        batch.group_rows[2, [20, 21]] = batch.group_rows[2, [21, 20]]
+        if batch.group_rows.shape[1] == 3 * PATCHES:  # the full pictures; there is an oblong one, too
+            batch.group_rows[2, [20, 21]] = batch.group_rows[2, [21, 20]]
 
     message = failure(small_model(), broken(swap))
     assert "group 2 is not the one dealt from its image's tiles at 2 of 48 positions" in message
@@ -81,7 +83,8 @@ def test_one_position_with_another_patch_is_counted():
 
 def test_tiles_in_another_order_are_named():
     def turn(batch):
-        batch.views[3:] = batch.views[3:].unflatten(0, (3, 4)).flip(1).flatten(0, 1)
+        if len(batch.views) == 3 * 5:  # the full pictures; there is an oblong one, too
+            batch.views[3:] = batch.views[3:].unflatten(0, (3, 4)).flip(1).flatten(0, 1)
 
     assert failure(small_model(), broken(turn)).count("is not the one dealt from its image's tiles") == 4
 
@@ -127,15 +130,15 @@ def test_the_slow_way_names_tokens_by_where_they_lie_in_the_picture(monkeypatch)
         for y in range(8):
             for x in range(8):
                 page.paste((y * 10, x * 10, number * 10), (x * 4, y * 4, x * 4 + 4, y * 4 + 4))
-    monkeypatch.setattr("deepstack_pl.inspection.content.probe_images", lambda plan, vision: pages)
     mean, std = torch.tensor(VISION.mean), torch.tensor(VISION.std)
 
-    def colours(views, vit_rows):
+    def colours(model, views, vit_rows, pictures):
         patches = torch.nn.functional.avg_pool2d(views, 4).flatten(2).transpose(1, 2)
-        return ((patches * std + mean) * 25.5).flatten(0, 1)
+        return (patches * std + mean) * 25.5
 
-    model.encode = colours
-    dealt = dealt_groups(model, probe_batch(model, processor))
+    monkeypatch.setattr(content, "features", colours)
+    monkeypatch.setattr(content, "projected", lambda model, seen, images: seen)
+    dealt = lay_out(model, probe_batch(model, processor), Pictures(pages, (2, 2))).groups
     assert list(dealt) == [(Host.llm, Source.tiles, group) for group in range(4)]
     for (_, _, group), images in dealt.items():
         i, j = divmod(group, 2)

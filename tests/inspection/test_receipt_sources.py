@@ -6,6 +6,8 @@ from small_run import VISION, small_model, small_processor
 from spoiling import broken, failure
 
 from deepstack_pl.inspection.receipt import take_receipt
+from deepstack_pl.multimodal.config import ProjectorKind
+from deepstack_pl.multimodal.projector import TwoProjectors
 from deepstack_pl.stacking.config import (
     Encoding,
     GridRule,
@@ -15,6 +17,7 @@ from deepstack_pl.stacking.config import (
     Newline,
     Operator,
     Order,
+    Resize,
     Sequence,
     Source,
     Unfilled,
@@ -128,3 +131,86 @@ def test_the_probe_s_patches_differ_at_the_finest_views():
     processor = small_processor(HD)
     image = probe_images(processor.plan, VISION)[0]
     assert image.size == (64, 64)  # 2 x 2 tiles of 16 pixels, twice over
+
+
+def text_fault(config, model=None, spoil=lambda batch: None):
+    return failure(model or small_model(config), broken(spoil, config), config)
+
+
+def reversed_text(batch):
+    batch.sequence_rows[:] = batch.sequence_rows.flip(0)
+
+
+def global_view_in_the_blank(batch):
+    batch.sequence_rows[:] = torch.arange(len(batch.sequence_rows))
+
+
+def newlines_of_the_text_left_out(batch):
+    batch.sequence_rows[batch.sequence_rows == NEWLINE] = NOTHING
+
+
+BASELINE = ModelConfig(name="baseline", tiles=0, groups=0)
+ONLY_GLOBAL, STRING = (next(plan for plan in PLANS if plan.name == name) for name in ("only_global", "string"))
+
+
+@pytest.mark.parametrize(
+    ("config", "spoil", "count"),
+    [
+        (BASELINE, reversed_text, 48),
+        (HD, reversed_text, 264),
+        (HD, newlines_of_the_text_left_out, 24),
+        (ONLY_GLOBAL, global_view_in_the_blank, 48),
+        (STRING, reversed_text, 240),
+    ],
+    ids=lambda value: value.name if isinstance(value, ModelConfig) else None,
+)
+def test_images_that_stand_wrongly_in_the_text_are_named_whether_anything_is_stacked_or_not(config, spoil, count):
+    message = text_fault(config, spoil=spoil)
+    assert f"the text does not hold what the plan lays there at {count} of" in message, message
+
+
+def test_tokens_that_are_not_averaged_are_named():
+    model = small_model(ModelConfig(name="pooled", pooling=2))
+    model._pool = lambda tokens: tokens[:, :4]
+    message = text_fault(ModelConfig(name="pooled", pooling=2), model)
+    assert "group 0 is not the one dealt from its image's tiles" in message
+    assert "the text does not hold what the plan lays there" in message
+
+
+@pytest.mark.parametrize("how", ["scrambled", "tile by tile"])
+def test_a_pass_that_is_not_one_is_named(how, monkeypatch):
+    config = ModelConfig(name="one_pass", grid=GridRule.square, encoding=Encoding.one_pass)
+    model = small_model(config)
+    encoder = model.vision_tower
+    if how == "scrambled":
+        honest = encoder._one_pass
+        monkeypatch.setattr(encoder, "_one_pass", lambda views, images: honest(views, images).roll(1, dims=0))
+    else:
+        separate = small_model(ModelConfig(name="l", grid=GridRule.square)).vision_tower
+        monkeypatch.setattr(encoder, "_one_pass", lambda views, images: separate(views, torch.empty(0, 16 * images)))
+    assert "is not the one dealt from its image's tiles" in text_fault(config, model)
+
+
+def test_projectors_that_changed_places_are_named():
+    model = small_model(ModelConfig(name="two"))
+    two = TwoProjectors(ProjectorKind.mlp2x_gelu, VISION.width, 32)
+    honest = two.forward
+    model.projector, model.config.projector_sharing = two, "global_and_tiles"
+    assert take_receipt(model, small_processor(ModelConfig(name="two"))).ok
+    two.global_view, two.tiles = two.tiles, two.global_view
+    two.forward = lambda tokens, images: honest(tokens.flip(0), len(tokens) - images).flip(0)
+    assert "the text does not hold what the plan lays there" in text_fault(ModelConfig(name="two"), model)
+
+
+@pytest.mark.parametrize("resize", list(Resize))
+def test_an_oblong_image_dealt_or_resized_wrongly_is_named(resize, monkeypatch):
+    from deepstack_pl.vision import views
+
+    config = ModelConfig(name="l", resize=resize)
+    assert take_receipt(small_model(config), small_processor(config)).ok
+    cut = views._cut
+    other = {Resize.stretch: Resize.letterbox, Resize.letterbox: Resize.stretch}
+    monkeypatch.setattr(views, "_cut", lambda i, g, s, r: cut(i, g, s, other[r] if g == (1, 3) else r))
+    message = failure(small_model(config), config=config)
+    assert "is not the one dealt from its image's tiles at" in message
+    assert "(of an image of 1 x 3 tiles)" in message

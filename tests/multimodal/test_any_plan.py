@@ -1,6 +1,7 @@
 """Whatever plan is accepted equals the oracle: drawn at random, so that settings meet that nobody had in mind."""
 
 import random
+import re
 from dataclasses import fields
 
 import pytest
@@ -85,12 +86,14 @@ def test_every_setting_of_a_plan_is_drawn() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_plan_is_refused_in_a_sentence_or_equals_the_oracle(seed: int) -> None:
-    draw, compared = random.Random(seed), 0
+    draw, compared, refused = random.Random(seed), 0, []
     while compared < 10:
         arm = drawn(draw)
         try:
             model = model_of(arm, seed=compared)
-        except ValueError:
+        except ValueError as error:
+            refused.append(str(error))
             continue
         assert_like_the_oracle(model, ROWS, draw.choice(list(PadSide)))
         compared += 1
+    assert all(re.search(r"(model|projector)\.\w+.*\.$", sentence) for sentence in refused), refused

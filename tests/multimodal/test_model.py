@@ -96,8 +96,9 @@ def test_zeroed_groups_equal_no_stacking() -> None:
     batch = batch_of(stacked)
     inputs = batch.model_inputs() | {"group_rows": torch.full_like(batch.group_rows, -1)}
     expected = plain(**(batch_of(plain).model_inputs())).logits
-    assert torch.equal(stacked(**inputs).logits, expected)
-    assert not torch.equal(stacked(**batch.model_inputs()).logits, expected)
+    # Not to the bit: a plan that reads no tiles runs none, and a smaller batch rounds in another way.
+    torch.testing.assert_close(stacked(**inputs).logits, expected, atol=1e-5, rtol=0)
+    assert (stacked(**batch.model_inputs()).logits - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", list(PLANS))

@@ -6,7 +6,7 @@ import pytest
 import replica
 import torch
 from replica import Replica
-from tiny_run import run_of, start
+from tiny_run import go_on, run_of, start
 
 from deepstack_pl.cli.assemble import make_processor, model_builder
 from deepstack_pl.language.conversation import load_tokenizer
@@ -76,3 +76,15 @@ def test_another_architecture_than_the_folders_is_refused(converted: Path) -> No
     run = run_of(f"init_from={converted}", *HOSTS, "llm.architecture.rope_theta=10000.0")
     with pytest.raises(ValueError, match=r"conf and the checkpoint converted disagree .*rope_theta"):
         make_processor(run)
+
+
+def test_going_on_needs_the_runs_own_folder_alone(converted: Path) -> None:
+    start(f"init_from={converted}", *HOSTS, "callbacks.checkpoint.every_steps=1", folder=Path("run"))
+    converted.rename("elsewhere")
+    more = go_on("ckpt_path=run", "trainer.max_steps=4")
+    assert (more["status"], more["steps"]) == ("finished", 4)
+
+
+def test_a_published_folder_is_refused_with_the_command_that_converts_it(converted: Path) -> None:
+    with pytest.raises(ValueError, match=r"config.json is of a deepstack_llama.*`deepstack convert source FOLDER`"):
+        start("init_from=source", *HOSTS, folder=Path("run"))

@@ -118,8 +118,11 @@ AGAIN = InjectionConfig(source=Source.global_view, layer=2)
             replace(L, host=Host.vit, start_layer=0, encoding=Encoding.one_pass, grid=GridRule.square),
             "the tower never sees tiles by themselves",
         ),
-        (replace(L, groups=0, sequence=Sequence.blank), "it would never see the image"),
-        (replace(L, host=Host.vit, start_layer=0, sequence=Sequence.blank), "it would never see the image"),
+        (
+            replace(L, groups=0, sequence=Sequence.blank),
+            "it would never see the image",
+        ),
+        (replace(L, host=Host.vit, start_layer=0, sequence=Sequence.blank), "to which the tower adds it, reaches"),
         (
             replace(STRING, order=Order.raster, newline=Newline.rows_and_groups),
             "adds newlines with groups of detail, but none is injected",

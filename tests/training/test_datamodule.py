@@ -133,7 +133,7 @@ def test_the_position_counts_what_was_trained_and_not_what_was_fetched(tmp_path)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["DeepStackDataModule"]
     digest = state.pop("keys_digest")
     identity = {"fingerprint": "two colours", "seed": 0, "batch_size": 4, "accumulate_grad_batches": 1}
-    assert state == {"step": 2, "cut_positions": 0, **identity}
+    assert state == {"step": 2, "cut_positions": 0, "cut_answers": 0, **identity}
     assert digest == digest_of(tmp_path / "two", steps=2)
 
 

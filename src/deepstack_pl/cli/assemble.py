@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from transformers.utils import CONFIG_NAME
 
 from deepstack_pl.cli.checks import check_vocabulary
 from deepstack_pl.config.run import RunConfig
@@ -77,7 +78,18 @@ def _drawn(run: RunConfig) -> list[str]:
     return [part for part, random in drawn.items() if random]
 
 
-def model_builder(run: RunConfig, image_token_id: int, *, fresh: bool = True) -> Callable[..., Any]:
+def origin(run: RunConfig, folder: Path | None = None) -> str | None:
+    """The folder that all weights of ``run`` come from, with configuration and tokenizer: where it started, or, for one
+    that goes on in ``folder``, that folder itself. None where each part has its own source.
+    """
+    if run.init_from and folder is not None and (folder / CONFIG_NAME).is_file():
+        return str(folder)
+    return run.init_from
+
+
+def model_builder(
+    run: RunConfig, image_token_id: int, *, fresh: bool = True, start: str | None = None
+) -> Callable[..., Any]:
     """A function that builds the model of ``run``, with ``init_from``'s weights unless a checkpoint follows."""
 
     def build(device: str = "cpu") -> DeepStackForConditionalGeneration:
@@ -89,7 +101,7 @@ def model_builder(run: RunConfig, image_token_id: int, *, fresh: bool = True) ->
             seed=run.seed,
             image_token_id=image_token_id,
             device=device,
-            start=run.init_from,
+            start=start or run.init_from,
         )
         if run.init_from and fresh and device != "meta":
             drawn = load_weights(model, run.init_from)
@@ -100,15 +112,15 @@ def model_builder(run: RunConfig, image_token_id: int, *, fresh: bool = True) ->
     return build
 
 
-def make_processor(run: RunConfig) -> DeepStackProcessor:
-    """The processor of ``run``; a randomly initialised LLM speaks the shipped tokenizer, and a pretrained one that of
-    the folder where all weights come from, or of its own checkpoint.
+def make_processor(run: RunConfig, start: str | None = None) -> DeepStackProcessor:
+    """The processor of ``run``: with the tokenizer of the folder ``start`` that all weights come from, else with a
+    pretrained LLM's own, else with the shipped one.
     """
-    pretrained = run.llm.init is LLMInit.pretrained
+    start, pretrained = start or run.init_from, run.llm.init is LLMInit.pretrained
     if pretrained:
-        checkpoint_config(run.llm, run.init_from)  # its error says more than a missing tokenizer's would
+        checkpoint_config(run.llm, start)  # its error says more than a missing tokenizer's would
     return DeepStackProcessor(
-        load_tokenizer((run.init_from or run.llm.checkpoint) if pretrained else None),
+        load_tokenizer(start or (run.llm.checkpoint if pretrained else None)),
         plan=build_plan(run.model, run.llm, run.vision),
         vision=run.vision,
         template=run.llm.template,
@@ -124,10 +136,11 @@ def assemble(run: RunConfig, folder: Path, *, fresh: bool = True) -> Assembly:
         ValueError: data, weights or a tokenizer are not at hand, or the Trainer does not take what it is given.
     """
     steps = run.trainer["max_steps"]
-    processor = make_processor(run)
+    start = origin(run, None if fresh else folder)
+    processor = make_processor(run, start)
     check_vocabulary(run, processor)
     train, val = open_sources(run.data)  # after what is quick to refuse: it may write a whole set
-    build = model_builder(run, processor.image_token_id, fresh=fresh)
+    build = model_builder(run, processor.image_token_id, fresh=fresh, start=start)
     module = DeepStackModule(build, run.stage, run.optim, steps)
     module.configure_model()
     generation, stop = GenerationCallback(val, processor, run.evaluation), GracefulStop()

@@ -80,6 +80,12 @@ def check_architecture(llm: LLMConfig) -> None:
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         says = re.sub(r"^\w+Error: ", "", str(error).splitlines()[-1].strip())
         raise ValueError(f"llm.architecture: {says} Correct it in llm=.") from error
+    pad, rows = llm.architecture.get("pad_token_id"), llm.architecture.get("vocab_size")
+    if pad is not None and rows is not None and pad >= rows:
+        raise ValueError(
+            f"llm.architecture.pad_token_id={pad} is no row of an embedding with llm.architecture.vocab_size={rows}. "
+            "Lower the one, or raise the other."
+        )
     width, heads = llm.architecture.get("hidden_size"), llm.architecture.get("num_attention_heads")
     if width and heads and width % heads and not llm.architecture.get("head_dim"):  # not every family looks itself
         raise ValueError(

@@ -5,7 +5,6 @@ Nothing heavy is imported before the command really runs, so that ``--help`` is 
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import isfinite
@@ -38,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the cases and report; the exit status."""
+    """Run the cases and report; the exit status.
+
+    Raises:
+        ValueError: there are no such cases, or the file cannot be written.
+    """
     from rich.console import Console
 
     from deepstack_pl.cli.folders import write_text
@@ -46,11 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     # A table never loses a digit to a narrow window or a pipe.
     console = Console(width=_WIDEST, highlight=False, soft_wrap=False)
-    try:
-        names = _chosen(cases_of(args.folder), args.case, args.folder)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    names = _chosen(cases_of(args.folder), args.case, args.folder)
     results = []
     with _progress(console, names) as steps:
         for name in steps:
@@ -62,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             write_text(args.json, json.dumps(values, indent=1, allow_nan=False) + "\n")
         except OSError as error:
-            print(f"--json {args.json}: {error.strerror}. Name a file in a folder that is there.", file=sys.stderr)
-            return 1
+            raise ValueError(f"--json {args.json}: {error.strerror}. Name a file in a folder that is there.") from error
     return int(not all(result.ok for result in results))
 
 
@@ -124,10 +122,12 @@ def _table(results: "list[CaseResult]") -> "Table":
     from deepstack_pl.inspection.measured import Quantity
 
     quantities = [quantity for quantity in Quantity if quantity is not Quantity.unknown]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    # As narrow as it can be: the golden cases fit a terminal of 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("case", overflow="fold")
     for quantity in quantities:
-        table.add_column(quantity.value, justify="right", no_wrap=True)
+        name = "inputs" if quantity is Quantity.layer_inputs else quantity.value
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         if result.error:
             table.add_row(Text(result.name, style="red"), Text("error", style="red"))

@@ -94,6 +94,7 @@ def data_of(train: Source, val: Source, run: RunConfig) -> dict[str, Any]:
         "fingerprint": {"train": train.fingerprint, "val": val.fingerprint},
         "samples": {"train": len(train), "val": len(val)},
         "cut_positions": 0,
+        "cut_answers": 0,
     }
 
 

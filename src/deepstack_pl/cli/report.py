@@ -59,11 +59,11 @@ def summary(results: dict[str, Any], folder: Path) -> list[str]:
     speed = results["tokens_per_second"]
     receipt = "every injection proven" if results["plan"]["injections"] else "an empty plan, nothing is stacked"
     begun = [f"started from the weights of {results['init_from']}"] if results["init_from"] else []
-    cut = results["data"]["cut_positions"]
-    lost = [f"cut off, of samples longer than llm.max_length: {cut:,} positions (llm.too_long=cut)"] if cut else []
+    cut, untaught = results["data"]["cut_positions"], results["data"]["cut_answers"]
+    lost = f"cut off, of samples longer than llm.max_length: {cut:,} positions; {untaught:,} samples lost all answers"
     return [
         *begun,
-        *lost,
+        *([lost] if cut else []),
         f"visual tokens per image: {tokens['seen']} seen, {tokens['context']} in the context",
         f"parameters: {parameters['total']:,}, of which {parameters['trained']:,} trained",
         f"time: {duration(seconds['train'])} training, {duration(seconds['evaluate'])} evaluation"

@@ -117,6 +117,9 @@ class _Run:
         started = describe(self.run, self.work)
         if self.resumed is None:
             claim(self.folder)
+            # So that going on needs nothing but this folder, wherever the run began.
+            self.work.module.network.config.save_pretrained(self.folder)
+            self.work.processor.save_pretrained(self.folder)
         else:
             started |= {name: self.resumed.results[name] for name in _KEPT if name in self.resumed.results}
             self.console.print(
@@ -156,7 +159,8 @@ class _Run:
         finally:
             self._count(time.perf_counter() - start)
         self.results |= {"steps": self._step, "interrupted": self._step < self.run.trainer["max_steps"]}
-        self.results["data"]["cut_positions"] = work.datamodule.cut_positions
+        cut = {"cut_positions": work.datamodule.cut_positions, "cut_answers": work.datamodule.cut_answers}
+        self.results["data"] |= cut
         self.results["data"]["order_digest"] = work.datamodule.keys_digest[:16]
         (self.folder / "hparams.yaml").unlink(missing_ok=True)  # the TensorBoard logger's; config.yaml says it all
         work.module.network.save_pretrained(self.folder)

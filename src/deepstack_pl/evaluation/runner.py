@@ -116,12 +116,16 @@ def stop_ids(processor: DeepStackProcessor) -> list[int]:
 
 
 def require_room(processor: DeepStackProcessor, source: Source, config: EvaluationConfig) -> None:
-    """Refuse a limit that would cut right answers short, and so score them wrong. Looks at text alone.
+    """Refuse a limit that would cut right answers short, and so score them wrong, and questions beyond the context.
+    Looks at text alone, and at the images of questions that may be too long.
 
     Raises:
-        ValueError: the longest answer among those that will be asked for is longer than ``config.max_new_tokens``.
+        ValueError: the longest answer among those that will be asked for is longer than ``config.max_new_tokens``, or a
+            question is longer than the context.
     """
     count = min(max(config.samples, config.final_samples), len(source))
+    for index in range(count):
+        _require_context(processor, source[index])
     records, stops = (source[index] for index in range(count)), stop_ids(processor)
     length, key = max(((_answer_length(processor, record, stops), record.key) for record in records), default=(0, ""))
     if length > config.max_new_tokens:
@@ -130,6 +134,14 @@ def require_room(processor: DeepStackProcessor, source: Source, config: Evaluati
             f"{config.max_new_tokens}: a right answer would be cut short and scored as wrong. Set "
             f"evaluation.max_new_tokens={length}, which is enough for all {count} samples that are evaluated."
         )
+
+
+def _require_context(processor: DeepStackProcessor, record: Record) -> None:
+    """A question that may not fit is made, which says so; the others cost nothing but their ids."""
+    ids = encode_prompt(record.turns[:-1], processor.template, processor.tokenizer)
+    most = processor.plan.context_tokens(processor.tokens_per_view)
+    if len(ids) + len(record.images) * (most - 1) > processor.max_length:
+        processor.prompt(record)
 
 
 def _answer_length(processor: DeepStackProcessor, record: Record, stops: list[int]) -> int:

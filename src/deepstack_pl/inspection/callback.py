@@ -148,7 +148,7 @@ def injection_strengths(
     found: dict[str, float] = {}
     for trace in traces:
         added, hidden = float(trace.added_rms), float(trace.hidden_rms)
-        place = f"{trace.injection.host.value} layer {trace.injection.layer:02} group {trace.injection.group}"
+        place = f"{trace.injection.host.value} layer {trace.injection.layer:02} {trace.injection.what}"
         found[f"injection added over stream/{place}"] = added / hidden if hidden else 0.0
         found[f"injection added rms/{place}"] = added
         found[f"injection stream rms/{place}"] = hidden

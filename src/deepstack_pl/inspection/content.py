@@ -4,74 +4,134 @@ Nothing here reads an index table of the batch or the dealing that made it, so t
 token in another's, cannot agree with itself. Axes: ``v`` views, ``p2`` patches of a view, ``d`` width.
 """
 
-import numpy as np
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float, Int
-from PIL import Image
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from deepstack_pl.batch import MultimodalBatch
-from deepstack_pl.inspection.probe import IMAGES, full_grid, probe_images, views_by_source
+from deepstack_pl.inspection.probe import Pictures, views_by_source
+from deepstack_pl.inspection.slow_views import before_the_stack, cut_by_hand, features, projected
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
-from deepstack_pl.stacking.config import Dealing, Host, Newline, Order, Sequence, Source
+from deepstack_pl.stacking.config import Dealing, Host, Newline, Order, Sequence, Source, Unfilled
 from deepstack_pl.stacking.injection import InjectionTrace
-from deepstack_pl.stacking.plan import Plan
-from deepstack_pl.vision.config import VisionConfig
 
 VIEWS = {Source.tiles: "tiles", Source.global_view: "global view", Source.detail: "details"}
 _CLOSE = 1e-4  # of a token's size: rounding in float32 stays far below, another patch's token far above
 
 
-def dealt_groups(
-    model: DeepStackForConditionalGeneration, batch: MultimodalBatch
-) -> dict[tuple[Host, Source, int], list[Float[Tensor, "n d"]]]:
-    """For each host and each group that it takes, image by image of the probe, what is added over the group's slots."""
-    plan, vision = model.plan, model.vision_tower.tower.config
-    views = _views(plan, vision).to(batch.views.device)
-    places = views_by_source(plan, vision)
-    found: dict[tuple[Host, Source, int], list[Tensor]] = {}
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """What the plan lays where, image by image of some pictures.
+
+    Attributes:
+        groups: for each host and each group that it takes, what is added over the group's slots.
+        sequence: what stands in the text.
+    """
+
+    groups: dict[tuple[Host, Source, int], list[Float[Tensor, "n d"]]]
+    sequence: list[Float[Tensor, "n d"]]
+
+
+def lay_out(model: DeepStackForConditionalGeneration, batch: MultimodalBatch, pictures: Pictures) -> Laid:
+    """Lay out ``pictures`` by hand; of ``batch``, made of them, only what the tower adds to global views is read."""
+    plan, places = model.plan, views_by_source(model.plan, pictures)
+    views = cut_by_hand(plan, model.vision_tower.tower.config, pictures).to(batch.views.device)
+    images = range(len(pictures.images))
+
+    def own(tokens: Tensor, image: int) -> dict[Source, Tensor]:
+        return {of: tokens[at[image]] for of, at in places.items() if all(place < len(tokens) for place in at[image])}
+
+    def groups(host: Host, tokens: Tensor) -> dict[tuple[Host, Source, int], list[Tensor]]:
+        return {
+            (host, *dealt): [_group(model, *dealt, own(tokens, image), pictures.grid) for image in images]
+            for dealt in plan.groups(host)
+        }
+
     with torch.no_grad():
-        for host in {injection.host for injection in plan.injections}:
-            tokens = _tower_tokens(model, views) if host is Host.vit else _llm_tokens(model, views, batch.vit_rows)
-            for source, group in plan.groups(host):
-                found[host, source, group] = [
-                    _planned(model, source, group, [tokens[places[of][image]] for of in Source])
-                    for image in range(IMAGES)
-                ]
-    return found
+        seen = features(model, views, batch.vit_rows, pictures)
+        tokens = seen if plan.sequence is Sequence.channels else projected(model, seen, len(images))
+        found = groups(Host.llm, tokens) if plan.at(Host.llm) else {}
+        if plan.at(Host.vit):
+            found |= groups(Host.vit, before_the_stack(model, views))
+        sequence = [_sequence(model, own(tokens, image), pictures.grid) for image in images]
+    return Laid(found, sequence)
 
 
-def _planned(
-    model: DeepStackForConditionalGeneration, source: Source, group: int, own: list[Float[Tensor, "v p2 d"]]
+def _group(
+    model: DeepStackForConditionalGeneration,
+    source: Source,
+    group: int,
+    own: dict[Source, Tensor],
+    grid: tuple[int, int],
 ) -> Float[Tensor, "n d"]:
-    """What ``group`` of one image adds; ``own`` are the image's tiles, global view and details."""
-    plan, grid = model.plan, full_grid(model.plan, model.vision_tower.tower.config)
-    tiles, small, details = own
+    """What ``group`` of one image adds; ``own`` are the tokens of its views."""
+    plan = model.plan
     match source:
         case Source.global_view:
-            return small[0]
+            return own[source][0]
         case Source.tiles:
-            return _deal(tiles, grid, plan.dealing)[group]
+            groups = _deal(own[source], grid, plan.dealing)
+            return groups[group] if group < len(groups) else torch.zeros_like(groups[0])
         case Source.detail:
             fine = (plan.detail, plan.detail)
-            of_views = [_deal(each, fine, plan.dealing)[group] for each in details.split(plan.detail**2)]
-            return _laid_out(model, torch.stack(of_views), grid)
+            of_views = [_deal(each, fine, plan.dealing)[group] for each in own[source].split(plan.detail**2)]
+            again = plan.newline is Newline.rows_and_groups
+            return _string(model, of_views[:1], of_views[1:], grid, newline=again)
 
 
-def _laid_out(
-    model: DeepStackForConditionalGeneration, views: Float[Tensor, "v p2 d"], grid: tuple[int, int]
+def _sequence(
+    model: DeepStackForConditionalGeneration, own: dict[Source, Tensor], grid: tuple[int, int]
 ) -> Float[Tensor, "n d"]:
-    """The tokens of a global view and its tiles as they follow each other in the text sequence."""
-    plan, tiles = model.plan, views[1:]
+    """What one image contributes to the text."""
+    plan = model.plan
+    small = own[Source.global_view][0]
+    match plan.sequence:
+        case Sequence.blank:
+            return torch.zeros_like(small)
+        case Sequence.channels:
+            groups = _deal(own[Source.tiles], grid, plan.dealing)
+            groups += [torch.zeros_like(small)] * (plan.most_tiles - len(groups))
+            return model.projector(torch.cat([small, *groups], dim=-1))
+        case Sequence.global_view:
+            return small
+        case _:
+            first = [] if plan.sequence is Sequence.tiles else [small]
+            return _string(model, first, list(own[Source.tiles]), grid, newline=plan.newline is not Newline.none)
+
+
+def _string(
+    model: DeepStackForConditionalGeneration,
+    small: list[Tensor],
+    tiles: list[Tensor],
+    grid: tuple[int, int],
+    *,
+    newline: bool,
+) -> Float[Tensor, "n d"]:
+    """Tokens of a global view and of tiles as they follow each other in the text."""
+    plan = model.plan
     if plan.sequence is Sequence.global_view:
-        return views[0]
+        return small[0]
     if plan.order is Order.by_group:
-        return torch.cat([views[0], *_deal(tiles, grid, plan.dealing)])
-    rows = _mosaic(tiles, grid)
-    if plan.newline is Newline.rows_and_groups:
+        groups = _deal(torch.stack(tiles), grid, plan.dealing)
+        if plan.unfilled is Unfilled.zeros:
+            groups += [torch.zeros_like(groups[0])] * (plan.most_tiles - len(groups))
+        return torch.cat([*small, *groups])
+    rows = _mosaic(torch.stack(tiles), grid)
+    if newline:
         assert model.image_newline is not None
         rows = torch.cat([rows, model.image_newline.to(rows.dtype).expand(len(rows), 1, -1)], dim=1)
-    return torch.cat([views[0], rows.flatten(0, 1)])
+    return torch.cat([*small, rows.flatten(0, 1)])
+
+
+def misread(embeds: Float[Tensor, "b t d"], visual: Bool[Tensor, "b t"], planned: list[Float[Tensor, "n d"]]) -> str:
+    """What is wrong with the images in the text that enters the LLM."""
+    expected, found = torch.cat(planned), embeds[visual]
+    if found.shape != expected.shape:
+        return f"images take {len(found)} positions of the text, but the plan lays {len(expected)} tokens there"
+    wrong = int((~_fits(found, expected)).sum())
+    return f"the text does not hold what the plan lays there at {wrong} of {len(found)} positions" if wrong else ""
 
 
 def misdealt(
@@ -84,10 +144,7 @@ def misdealt(
         expected = tokens if scale is None else tokens * scale
         if added.shape != expected.shape:
             return f"image {image} takes {len(added)} positions, but its group holds {len(expected)} tokens"
-        expected = expected.to(added.dtype)
-        close = max(_CLOSE, torch.finfo(added.dtype).eps, torch.finfo(tokens.dtype).eps)
-        apart = (added.float() - expected.float()).norm(dim=-1)
-        fits = apart <= close * expected.float().norm(dim=-1)  # false for NaN too
+        fits = _fits(added, expected)
         wrong, positions = wrong + int((~fits).sum()), positions + len(fits)
     if not wrong:
         return ""
@@ -95,51 +152,11 @@ def misdealt(
     return f"{what} is not the one dealt from its image's {views} at {wrong} of {positions} positions"
 
 
-def _views(plan: Plan, vision: VisionConfig) -> Float[Tensor, "v 3 s s"]:
-    """The probe's global views; then, image by image, its tiles and the details of each view, in raster order."""
-    images, size, (columns, rows) = probe_images(plan, vision), vision.image_size, full_grid(plan, vision)
-    cut = [image.resize((size, size), Image.Resampling.BICUBIC) for image in images]
-    fine = plan.detail if plan.detail > 1 else 0
-    for image in images:
-        cut += _cells(image, (columns, rows), size, (0, 0, columns, rows))
-        cut += _cells(image, (fine, fine), size, (0, 0, fine, fine))
-        for y in range(rows):
-            for x in range(columns):
-                box = (x * fine, y * fine, (x + 1) * fine, (y + 1) * fine)
-                cut += _cells(image, (columns * fine, rows * fine), size, box)
-    pixels = torch.from_numpy(np.stack([np.asarray(view) for view in cut])).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(values)[:, None, None] for values in (vision.mean, vision.std))
-    return (pixels - mean) / std
-
-
-def _cells(image: Image.Image, grid: tuple[int, int], size: int, box: tuple[int, int, int, int]) -> list[Image.Image]:
-    """The cells of ``box`` (left, top, right, bottom, in cells) of ``image`` enlarged to ``grid``."""
-    left, top, right, bottom = box
-    if left == right:
-        return []
-    large = image.resize((grid[0] * size, grid[1] * size), Image.Resampling.BICUBIC)
-    return [
-        large.crop((x * size, y * size, (x + 1) * size, (y + 1) * size))
-        for y in range(top, bottom)
-        for x in range(left, right)
-    ]
-
-
-def _llm_tokens(model: DeepStackForConditionalGeneration, views: Tensor, vit_rows: Tensor) -> Float[Tensor, "v p2 d"]:
-    """The views that reach the LLM, encoded and projected. Of what the tower adds to global views its gates are closed
-    or open as the model's own are; tiles and details receive nothing there.
-    """
-    per_view = (model.vision_tower.tower.config.patches_per_side // model.plan.pooling) ** 2
-    return model.encode(views, vit_rows).unflatten(0, (-1, per_view))
-
-
-def _tower_tokens(model: DeepStackForConditionalGeneration, views: Tensor) -> Float[Tensor, "v p2 d"]:
-    """Every view as it stands before the tower's first injection."""
-    tower = model.vision_tower.tower
-    hidden = tower.embed(views.to(tower.dtype))
-    for layer in range(min(model.plan.at(Host.vit))):
-        hidden = tower.blocks[layer](hidden)
-    return hidden[:, tower.prefix :]
+def _fits(found: Float[Tensor, "n d"], expected: Float[Tensor, "n d"]) -> Bool[Tensor, " n"]:
+    """Which tokens are the expected ones, but for rounding; false for NaN too."""
+    close = max(_CLOSE, 4 * torch.finfo(found.dtype).eps, 4 * torch.finfo(expected.dtype).eps)
+    apart = (found.float() - expected.float()).norm(dim=-1)
+    return apart <= close * expected.float().norm(dim=-1)
 
 
 def _mosaic(tiles: Float[Tensor, "tiles p2 d"], grid: tuple[int, int]) -> Float[Tensor, "y x d"]:

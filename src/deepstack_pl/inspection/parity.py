@@ -129,15 +129,12 @@ def _compare(case: StoredCase, attention: str) -> list[Measured]:
     model = build(case, attention)
     samples = samples_of(case, model)
     rows = [*_grids(case, model), *_views(case, samples)]
-    if case.layer_inputs or case.logits is not None or case.loss is not None or case.gradients:
-        rows += _forward(case, model, _batch(model, samples, PadSide.right))
+    rows += _forward(case, model, _batch(model, samples, PadSide.right))
     if any(ids is not None for ids in case.greedy):
         rows += _greedy(case.greedy, model, samples)
     rows += [
         refused(Quantity.unknown, key, "is stored, but nothing here knows how to compare it") for key in case.unknown
     ]
-    if not rows:
-        raise ValueError(f"case {case.name} stores nothing to compare: no views, logits, loss, gradients or greedy.")
     return rows
 
 
@@ -164,13 +161,16 @@ def _grids(case: StoredCase, model: DeepStackForConditionalGeneration) -> list[M
 
 def _views(case: StoredCase, samples: list[Sample]) -> list[Measured]:
     rows = []
-    for row, stored in case.views.items():
-        if case.images[row] is not None:
+    for row, image in enumerate(case.images):
+        name, stored = f"views.{row}", case.views.get(row)
+        if image is not None and stored is not None:
             axes = ("view", "channel", "y", "x")
-            rows.append(measure(Quantity.views, f"views.{row}", samples[row].views, stored, VIEWS, axes))
-        elif stored.any():
+            rows.append(measure(Quantity.views, name, samples[row].views, stored, VIEWS, axes))
+        elif image is not None:
+            rows.append(refused(Quantity.views, name, "is not stored, but the sample has an image: store its views"))
+        elif stored is not None and stored.any():
             reason = "the sample has no image, but the stored views are not zero"
-            rows.append(refused(Quantity.views, f"views.{row}", reason))
+            rows.append(refused(Quantity.views, name, reason))
     return rows
 
 
@@ -201,11 +201,9 @@ def _forward(case: StoredCase, model: DeepStackForConditionalGeneration, batch: 
         rows.append(measure(Quantity.layer_inputs, name, seen[number], stored, HIDDEN, axes, valid=valid))
         if number == 0 and rows[-1].ok and stored[~valid].any():  # padding is zero vectors there
             rows[-1] = refused(Quantity.layer_inputs, name, "a stored sample has more positions than ours")
-    if case.logits is not None:
-        axes = ("sample", "position", "id")
-        rows.append(measure(Quantity.logits, "logits", output.logits, case.logits, HIDDEN, axes, valid=valid))
-    if case.loss is not None:
-        rows.append(measure(Quantity.loss, "loss", output.loss.reshape(1), case.loss.reshape(-1), LOSS, ("entry",)))
+    axes = ("sample", "position", "id")
+    rows.append(measure(Quantity.logits, "logits", output.logits, case.logits, HIDDEN, axes, valid=valid))
+    rows.append(measure(Quantity.loss, "loss", output.loss.reshape(1), case.loss.reshape(-1), LOSS, ("entry",)))
     if case.gradients:
         output.loss.backward()
         rows += _gradients(case.gradients, model)
@@ -267,9 +265,9 @@ def _batch(model: DeepStackForConditionalGeneration, samples: list[Sample], side
 
 
 def _open(file: Path) -> Image.Image:
+    """The picture as the published loader opens it, which drops transparency where `as_rgb` puts white behind it."""
     with Image.open(file) as image:
-        image.load()
-        return image
+        return image.convert("RGB")
 
 
 def _sentence(error: Exception) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from numpy.typing import NDArray
 
-from deepstack_pl.stacking.config import Dealt, Host, Injection, Operator, Sequence, Source
+from deepstack_pl.stacking.config import Dealt, Encoding, Host, Injection, Operator, Resize, Sequence, Source
 from deepstack_pl.stacking.mosaic import deal
 from deepstack_pl.stacking.plan import Plan
 from deepstack_pl.stacking.rules import WITH_TILES
@@ -78,7 +78,10 @@ def to_pixels(figure: Figure) -> UInt8[NDArray, "h w 3"]:
 
 def _summary(plan: Plan, tokens_per_view: int) -> str:
     context, seen = plan.context_tokens(tokens_per_view), plan.seen_tokens(tokens_per_view)
-    dealt = f", {plan.tiles} tiles" if plan.tiles else ""
+    dealt = f", {plan.most_tiles} tiles" if plan.tiles else ""
+    dealt += ", letter-boxed" if plan.resize is Resize.letterbox else ""
+    dealt += ", read in one pass" if plan.encoding is Encoding.one_pass else ""
+    dealt += f", averaged {plan.pooling} x {plan.pooling}" if plan.pooling > 1 else ""
     dealt += f", {plan.detail} x {plan.detail} details" if plan.detail > 1 else ""
     dealt += f", dealt {plan.dealing.value}" if dealt else ""
     return f"{context:,} tokens of context hold {seen:,} visual tokens an image{dealt}   ·   {plan.digest}"

@@ -21,7 +21,7 @@ from deepstack_pl.language.host import decoder_layers
 from deepstack_pl.language.template import UserText
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
-from deepstack_pl.stacking.config import Dealt, Host, Newline, Source
+from deepstack_pl.stacking.config import Dealt, GridRule, Host, Newline, Source
 from deepstack_pl.stacking.injection import NOTHING, InjectionTrace
 from deepstack_pl.stacking.plan import Injection, Plan
 from deepstack_pl.vision.config import VisionConfig
@@ -39,6 +39,7 @@ class Observed:
     Attributes:
         layers: for each layer of each host a checksum of its output, bit by bit.
         views: the views that entered, a leaf of the graph where gradients were on.
+        embeds: what entered the LLM.
         gates: the gates that were used in place of the model's own.
     """
 
@@ -48,6 +49,35 @@ class Observed:
     layers: dict[tuple[Host, int], int]
     views: Tensor
     gates: dict[str, Tensor]
+    embeds: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """Images that all become one grid of tiles (columns, rows; 0 x 0: none)."""
+
+    images: list[Image.Image]
+    grid: tuple[int, int]
+
+
+def full_pictures(plan: Plan, vision: VisionConfig) -> Pictures:
+    """Three images that fill the plan's largest grid exactly."""
+    width, height = full_grid_size(plan, vision)
+    grid = (width // vision.image_size, height // vision.image_size) if plan.tiles else (0, 0)
+    return Pictures(probe_images(plan, vision), grid)
+
+
+def oblong_pictures(plan: Plan, vision: VisionConfig) -> Pictures | None:
+    """An image that becomes one column of tiles, fewer than the largest grid has where it can, and does not fill it
+    exactly. None where the plan has but one grid.
+    """
+    if not plan.tiles or plan.grid is GridRule.square:
+        return None
+    rows = max(2, plan.tiles - 1)
+    width, height = vision.image_size - vision.patch_size // 2, rows * vision.image_size
+    shape = (height // vision.patch_size, vision.patches_per_side, 3)
+    page = Image.fromarray(np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8))
+    return Pictures([page.resize((width, height), Image.Resampling.BICUBIC)], (1, rows))
 
 
 def probe_images(plan: Plan, vision: VisionConfig) -> list[Image.Image]:
@@ -62,12 +92,17 @@ def probe_images(plan: Plan, vision: VisionConfig) -> list[Image.Image]:
 
 def probe_batch(model: DeepStackForConditionalGeneration, processor: DeepStackProcessor) -> MultimodalBatch:
     """Rows with one image and with two, after one without, unless the template cannot write that."""
-    roomy = copy(processor)
-    roomy.max_length = 2**31  # the probe is no training sample: two full grids may be longer than one of those
     images = probe_images(model.plan, processor.vision)
     rows = [images[:1], images[1:]]
     if processor.template.user_text is not UserText.images_only:
         rows.insert(0, [])
+    return batch_of(rows, processor).to(model.device)
+
+
+def batch_of(rows: list[list[Image.Image]], processor: DeepStackProcessor) -> MultimodalBatch:
+    """A row of text for each list of images."""
+    roomy = copy(processor)
+    roomy.max_length = 2**31  # the probe is no training sample: two full grids may be longer than one of those
     samples = [
         roomy.prepare(
             Record(
@@ -78,7 +113,7 @@ def probe_batch(model: DeepStackForConditionalGeneration, processor: DeepStackPr
         )
         for number, row in enumerate(rows)
     ]
-    return roomy.collate(samples).to(model.device)
+    return roomy.collate(samples)
 
 
 def run(
@@ -93,10 +128,10 @@ def run(
     inputs: dict[str, Any] = {**batch.model_inputs(), **(changes or {})}
     views = inputs["views"].detach().clone().requires_grad_(gradients)
     inputs["views"] = views
-    with torch.set_grad_enabled(gradients), _watched(model) as layers:
+    with torch.set_grad_enabled(gradients), _watched(model) as (layers, entered):
         leaves = {name: gate.detach().clone().requires_grad_(gradients) for name, gate in gates.items()}
         output = functional_call(model, leaves, (), {**inputs, "use_cache": False, "record": True})
-    return Observed(output.loss, output.logits, output.record, layers, views, leaves)
+    return Observed(output.loss, output.logits, output.record, layers, views, leaves, entered[0])
 
 
 def own_gates(model: DeepStackForConditionalGeneration) -> dict[str, Tensor]:
@@ -110,51 +145,47 @@ def opened(gates: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def owners(
-    batch: MultimodalBatch, injection: Injection, like: Tensor, image_token_id: int, plan: Plan, vision: VisionConfig
+    batch: MultimodalBatch, injection: Injection, like: Tensor, pictures: Pictures, processor: DeepStackProcessor
 ) -> Int[Tensor, "..."]:
     """For each position of ``injection``'s host the image that it belongs to and that it adds to, -1 for none.
 
     Found without the processor's index: in the LLM from the placeholders' ids, in the tower from the order of views.
     """
+    plan, vision, images = processor.plan, processor.vision, len(pictures.images)
     found = torch.full(like.shape, -1, dtype=torch.long, device=like.device)
     if injection.host is Host.vit:
         patches = vision.patches_per_side**2
-        found[:IMAGES, like.shape[1] - patches :] = torch.arange(IMAGES, device=like.device)[:, None]
+        found[:images, like.shape[1] - patches :] = torch.arange(images, device=like.device)[:, None]
         return found
-    slots = int((batch.input_ids == image_token_id).sum()) // IMAGES  # of each: all images are alike in size
+    visual = batch.input_ids == processor.image_token_id
+    slots = int(visual.sum()) // images  # of each: all images are alike in size
     first = 0
-    for row, ids in enumerate(batch.input_ids):
-        places = (ids == image_token_id).nonzero().squeeze(-1)
+    for row, here in enumerate(visual):
+        places = here.nonzero().squeeze(-1)
         order = torch.arange(len(places), device=places.device)
-        receives = _receives(order % slots, injection, plan, vision)
+        receives = _receives(order % slots, injection, plan, vision, pictures.grid[0])
         found[row, places[receives]] = (first + order // slots)[receives]
         first += len(places) // slots
     return found
 
 
-def _receives(slot: Int[Tensor, " n"], injection: Injection, plan: Plan, vision: VisionConfig) -> Tensor:
-    """Which slots of a full image ``injection`` adds to: the global view's, or with detail every view's."""
+def _receives(slot: Int[Tensor, " n"], injection: Injection, plan: Plan, vision: VisionConfig, columns: int) -> Tensor:
+    """Which slots of an image ``injection`` adds to: the global view's, or with detail every view's."""
     side = vision.patches_per_side // plan.pooling
     if injection.source is not Source.detail:
         return slot < side**2
     if plan.newline is not Newline.rows:
         return slot >= 0
-    row = full_grid(plan, vision)[0] * side + 1
+    row = columns * side + 1
     return (slot < side**2) | ((slot - side**2) % row != row - 1)  # but for the newlines
 
 
-def full_grid(plan: Plan, vision: VisionConfig) -> tuple[int, int]:
-    """Columns and rows of the plan's largest grid; 0 x 0 without tiles."""
-    width, height = full_grid_size(plan, vision)
-    return (width // vision.image_size, height // vision.image_size) if plan.tiles else (0, 0)
-
-
-def views_by_source(plan: Plan, vision: VisionConfig) -> dict[Source, list[list[int]]]:
-    """For each source, image by image of the probe, its views' places in the batch."""
-    columns, rows = full_grid(plan, vision)
-    tiles, others = columns * rows, plan.views(columns * rows) - 1
-    found: dict[Source, list[list[int]]] = {Source.global_view: [[image] for image in range(IMAGES)]}
-    starts = [IMAGES + image * others for image in range(IMAGES)]
+def views_by_source(plan: Plan, pictures: Pictures) -> dict[Source, list[list[int]]]:
+    """For each source, image by image, its views' places in the batch."""
+    images, tiles = len(pictures.images), pictures.grid[0] * pictures.grid[1]
+    others = plan.views(tiles) - 1
+    found: dict[Source, list[list[int]]] = {Source.global_view: [[image] for image in range(images)]}
+    starts = [images + image * others for image in range(images)]
     found[Source.tiles] = [list(range(start, start + tiles)) for start in starts]
     found[Source.detail] = [list(range(start + tiles, start + others)) for start in starts]
     return found
@@ -176,6 +207,20 @@ def without_group(batch: MultimodalBatch, injection: Injection, groups: tuple[De
 
 
 @contextmanager
+def replaced(model: DeepStackForConditionalGeneration, gates: dict[str, Tensor]) -> Iterator[None]:
+    """The model with ``gates`` in the place of its own."""
+    own = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if name in gates}
+    with torch.no_grad():
+        try:
+            for name, gate in gates.items():
+                model.get_parameter(name).copy_(gate)
+            yield
+        finally:
+            for name, gate in own.items():
+                model.get_parameter(name).copy_(gate)
+
+
+@contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode; afterwards every module is in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
@@ -188,9 +233,14 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(model: DeepStackForConditionalGeneration) -> Iterator[dict[tuple[Host, int], int]]:
-    """Checksums of what each layer hands on. Observers only: a trace says where its hook believes it is."""
+def _watched(
+    model: DeepStackForConditionalGeneration,
+) -> Iterator[tuple[dict[tuple[Host, int], int], list[Tensor]]]:
+    """Checksums of what each layer hands on, and what enters the LLM. Observers only: a trace says where its hook
+    believes it is.
+    """
     seen: dict[tuple[Host, int], int] = {}
+    entered: list[Tensor] = []
     hosts = {Host.llm: decoder_layers(model.language_model), Host.vit: model.vision_tower.tower.blocks}
     with ExitStack() as stack:
         for host, layers in hosts.items():
@@ -201,4 +251,9 @@ def _watched(model: DeepStackForConditionalGeneration) -> Iterator[dict[tuple[Ho
                     seen[place] = int(hidden.contiguous().view(_BITS[hidden.element_size()]).sum(dtype=torch.int64))
 
                 stack.callback(layer.register_forward_hook(look).remove)
-        yield seen
+
+        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            entered.append(kwargs["inputs_embeds"].detach())
+
+        stack.callback(model.language_model.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        yield seen, entered

@@ -7,21 +7,31 @@ the loss has a gradient in it, down to the pixels; leaving its group out changes
 
 An injection whose gate stands at zero adds nothing yet, rightly: its gate's own gradient is the proof, and everything
 else is tried with the gate opened for the length of a pass.
+
+Two things more hold of every plan, an empty one too: the text holds what the plan lays there, token by token, before
+the LLM sees it; and both are so for an image that fills a smaller, oblong grid, and does not fill it exactly.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deepstack_pl.batch import MultimodalBatch
-from deepstack_pl.inspection.content import VIEWS, dealt_groups, misdealt
+from deepstack_pl.inspection.content import VIEWS, Laid, lay_out, misdealt, misread
 from deepstack_pl.inspection.probe import (
     IMAGES,
     Observed,
+    Pictures,
+    batch_of,
+    full_pictures,
+    oblong_pictures,
     opened,
     own_gates,
     owners,
     probe_batch,
     quiet,
+    replaced,
     run,
     views_by_source,
     with_others,
@@ -47,12 +57,38 @@ def take_receipt(model: DeepStackForConditionalGeneration, processor: DeepStackP
             f"under plan {model.plan.name} ({model.plan.digest}). Build both from the same values, or load both from "
             "one folder."
         )
-    if not model.plan.injections:
-        return Receipt(model.plan, ())
     with quiet(model):
         trial = _Trial(model, processor)
         rows = tuple(trial.row(injection) for injection in model.plan.injections)
-        return Receipt(model.plan, rows + trial.unplanned())
+        return Receipt(model.plan, rows + trial.unplanned(), trial.text())
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """Pictures, the batch made of them, what the model did with it, and what the plan lays where."""
+
+    pictures: Pictures
+    batch: MultimodalBatch
+    observed: Observed
+    laid: Laid
+
+    @classmethod
+    def of(
+        cls,
+        model: DeepStackForConditionalGeneration,
+        pictures: Pictures,
+        batch: MultimodalBatch,
+        gates: dict[str, Tensor],
+    ) -> "_Shown":
+        observed = run(model, batch, gates)
+        with replaced(model, gates):
+            return cls(pictures, batch, observed, lay_out(model, batch, pictures))
+
+    @property
+    def named(self) -> str:
+        """The grid, where it is not the full one."""
+        columns, rows = self.pictures.grid
+        return f" (of an image of {columns} x {rows} tiles)" if len(self.pictures.images) == 1 else ""
 
 
 class _Trial:
@@ -61,13 +97,18 @@ class _Trial:
     def __init__(self, model: DeepStackForConditionalGeneration, processor: DeepStackProcessor) -> None:
         self.model, self.processor, self.plan = model, processor, model.plan
         self.batch: MultimodalBatch = probe_batch(model, processor)
+        self.pictures = full_pictures(self.plan, processor.vision)
         self.own, self.gates = own_gates(model), opened(own_gates(model))
-        self.base = run(model, self.batch, self.gates)
-        self.dealt = dealt_groups(model, self.batch)
+        self.shown = [_Shown.of(model, self.pictures, self.batch, self.gates)]
+        self.base = self.shown[0].observed
+        oblong = oblong_pictures(self.plan, processor.vision)
+        if oblong is not None:
+            batch = batch_of([oblong.images], processor).to(model.device)
+            self.shown.append(_Shown.of(model, oblong, batch, self.gates))
         # Passes are compared bit by bit, and attention without gradients takes another path: hence two of this one.
         self.graph = run(model, self.batch, self.gates, gradients=True)
         self.closed = run(model, self.batch, self.own, gradients=True) if self._closed() else None
-        places = views_by_source(self.plan, processor.vision)
+        places = views_by_source(self.plan, self.pictures)
         self.changed = {
             source: [
                 run(model, self.batch, self.gates, {"views": with_others(self.batch, own)}) for own in places[source]
@@ -79,8 +120,7 @@ class _Trial:
         trace = _trace(self.base, injection)
         if trace is None:
             return ReceiptRow(injection, 0, 0, 0.0, 0.0, False, "it left no record: no hook ran where it should")
-        ids, vision = self.processor.image_token_id, self.processor.vision
-        owner = owners(self.batch, injection, trace.touched, ids, self.plan, vision)
+        owner = owners(self.batch, injection, trace.touched, self.pictures, self.processor)
         gradient, flow = self._gradient(injection, owner)
         zeroed = run(self.model, self.batch, self.gates, self._without(injection))
         change = float((zeroed.logits.float() - self.base.logits.float()).abs().max())
@@ -90,7 +130,7 @@ class _Trial:
             flow,
             self._layer(injection, zeroed),
             "" if change else "leaving its group out does not change a single logit",
-            self._content(trace, owner),
+            self._content(injection),
         ]
         touched, notes = int(trace.touched.sum()), self._sharing(injection)
         if self.closed is not None and self._is_closed(injection):
@@ -159,13 +199,30 @@ class _Trial:
                 )
         return ""
 
-    def _content(self, trace: InjectionTrace, owner: Tensor) -> str:
+    def _content(self, injection: Injection) -> str:
         """What is added at each position is the token that stands there in the group, dealt the slow way."""
-        injection, scale = trace.injection, None
+        scale = None
         if injection.operator is Operator.gated_add:
             name, place = self._gate(injection)
             scale = self.gates[name][place].tanh()
-        return misdealt(trace, owner, self.dealt[injection.host, *injection.dealt], scale)
+        for shown in self.shown:
+            trace = _trace(shown.observed, injection)
+            if trace is None:
+                return f"it left no record{shown.named}"
+            owner = owners(shown.batch, injection, trace.touched, shown.pictures, self.processor)
+            fault = misdealt(trace, owner, shown.laid.groups[injection.host, *injection.dealt], scale)
+            if fault:
+                return fault + shown.named
+        return ""
+
+    def text(self) -> str:
+        """What is wrong with the images in the text, as it enters the LLM."""
+        for shown in self.shown:
+            visual = shown.batch.input_ids == self.processor.image_token_id
+            fault = misread(shown.observed.embeds, visual, shown.laid.sequence)
+            if fault:
+                return fault + shown.named
+        return ""
 
     def _layer(self, injection: Injection, zeroed: Observed) -> str:
         """The first layer whose output differs without the group is the one it is injected before."""

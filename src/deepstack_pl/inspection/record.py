@@ -40,14 +40,19 @@ class ReceiptRow:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """The record of what is injected where; ``rows`` is empty where the plan is."""
+    """The record of what is injected where; ``rows`` is empty where the plan is.
+
+    Attributes:
+        text: what is wrong with the images in the text; empty where nothing is.
+    """
 
     plan: Plan
     rows: tuple[ReceiptRow, ...]
+    text: str = ""
 
     @property
     def ok(self) -> bool:
-        return all(row.ok for row in self.rows)
+        return not self.text and all(row.ok for row in self.rows)
 
     def require(self) -> None:
         """Stop a run whose receipt fails.
@@ -56,12 +61,14 @@ class Receipt:
             ReceiptError: names every injection that failed, and how.
         """
         if not self.ok:
-            failed = "\n".join(f"  {row.injection}: {row.reason}" for row in self.rows if not row.ok)
-            raise ReceiptError(f"plan {self.plan.name}: these injections do not happen as planned:\n{failed}")
+            failed = [f"  {self.text}"] if self.text else []
+            failed += [f"  {row.injection}: {row.reason}" for row in self.rows if not row.ok]
+            raise ReceiptError("\n".join([f"plan {self.plan.name} does not happen as planned:", *failed]))
 
     def notes(self) -> list[str]:
         """What the table does not say: an empty plan, dropped injections, idle groups."""
-        notes = [] if self.rows else ["no injections: nothing is stacked"]
+        notes = [f"FAILED: {self.text}"] if self.text else []
+        notes += [] if self.rows else ["no injections: nothing is stacked"]
         notes += [f"dropped beyond the depth: {injection}" for injection in self.plan.dropped]
         return notes + self.plan.notes()
 

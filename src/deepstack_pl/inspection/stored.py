@@ -45,8 +45,8 @@ class StoredCase:
     greedy: list[list[int] | None]
     views: dict[int, Tensor]
     layer_inputs: dict[int, Tensor]
-    logits: Tensor | None
-    loss: Tensor | None
+    logits: Tensor
+    loss: Tensor
     gradients: dict[str, Tensor]
     unknown: list[str]
     unread: list[str]
@@ -81,6 +81,7 @@ def read_case(folder: Path, name: str) -> StoredCase:
     ids, labels = _rows(inputs, home)
     samples = len(ids)
     views, layer_inputs = _numbered(inputs, "views."), _numbered(outputs, "layer_input.")
+    _check_outputs(outputs, layer_inputs, home)
     gradients = {key.removeprefix("grad."): value for key, value in outputs.items() if key.startswith("grad.")}
     read = {"input_ids", "attention_mask", "labels", *(f"views.{i}" for i in views if i < samples)}
     compared = {"logits", "loss", *(f"layer_input.{i}" for i in layer_inputs), *(f"grad.{key}" for key in gradients)}
@@ -101,8 +102,8 @@ def read_case(folder: Path, name: str) -> StoredCase:
         greedy=_answers(meta, samples, home),
         views={i: value for i, value in views.items() if i < samples},
         layer_inputs=layer_inputs,
-        logits=outputs.get("logits"),
-        loss=outputs.get("loss"),
+        logits=outputs["logits"],
+        loss=outputs["loss"],
         gradients=gradients,
         unknown=unknown,
         unread=sorted(meta.keys() - _META),
@@ -170,6 +171,17 @@ def _rows(inputs: dict[str, Tensor], home: Path) -> tuple[list[list[int]], list[
         raise ValueError(f"{file}: input_ids, attention_mask and labels are {shapes}, but must be one [samples, ids].")
     keep = [row.bool() for row in mask]
     return [[row[k].tolist() for row, k in zip(each, keep, strict=True)] for each in (ids, labels)]  # pyright: ignore
+
+
+def _check_outputs(outputs: dict[str, Tensor], layer_inputs: dict[int, Tensor], home: Path) -> None:
+    """A case without what the model makes of its inputs would equal anything."""
+    missing = [key for key in ("logits", "loss") if key not in outputs]
+    missing += [] if layer_inputs else ["layer_input.<number>"]
+    if missing:
+        raise ValueError(
+            f"{home / 'outputs.safetensors'} lacks {', '.join(missing)}: nothing would be compared with what the model "
+            "computes. Store them as the layout says."
+        )
 
 
 def _numbered(tensors: dict[str, Tensor], prefix: str) -> dict[int, Tensor]:

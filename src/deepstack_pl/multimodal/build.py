@@ -1,5 +1,6 @@
 """From values to a model: random, pretrained or on the meta device; and its parts by name."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
+from transformers.utils import CONFIG_NAME
 
 from deepstack_pl.language.config import LLMConfig, LLMInit
 from deepstack_pl.multimodal.config import ProjectorConfig, build_plan
@@ -105,7 +107,8 @@ def load_weights(model: DeepStackForConditionalGeneration, folder: str | Path) -
     if missing or left_over or reshaped:
         raise ValueError(
             f"init_from={folder} does not fit this model: missing {missing[:3]}, left over {left_over[:3]}, of another "
-            f"shape {reshaped[:3]}. llm=, vision= and projector= must be those of that run."
+            f"shape {reshaped[:3]}. llm=, vision= and projector= must be those of that run, and where "
+            "groups stand in the channels model.sequence and model.tiles, too."
         )
     for name in files:  # one by one: two copies of a large model need not fit
         state[name].copy_(files[name])
@@ -130,6 +133,13 @@ def require_weights(folder: str | Path) -> None:
     Raises:
         ValueError: naming the folder, and what to give instead.
     """
+    values = Path(folder) / CONFIG_NAME
+    kind = json.loads(values.read_text(encoding="utf-8")).get("model_type") if values.is_file() else None
+    if kind is not None and kind != DeepStackConfig.model_type:
+        raise ValueError(
+            f"init_from={folder}: its config.json is of a {kind}. Give a folder of this project's; one of a published "
+            f"DeepStack checkpoint becomes that with `deepstack convert {folder} FOLDER`."
+        )
     if not any((Path(folder) / name).is_file() for name in (SINGLE, INDEX)):
         raise ValueError(
             f"init_from={folder}: there is no {SINGLE}, nor an index of shards. Give the folder of a finished run "
@@ -146,7 +156,7 @@ def _refuse_another_architecture(own: DeepStackConfig, theirs: DeepStackConfig, 
             theirs.text_config.to_dict(),
             _NO_ARCHITECTURE,
         ),
-        "vision": (own.vision, theirs.vision, ignored),
+        "vision": (vision_values(own.typed_vision()), vision_values(theirs.typed_vision()), ignored),
         "projector": (_projector_values(own), _projector_values(theirs), set()),
     }
     differ = [

@@ -50,11 +50,17 @@ def check_pooling(plan: Plan, vision: VisionConfig) -> Plan:
 
 
 def check_projector(plan: Plan, sharing: Sharing) -> None:
-    """Refuse two projectors for features that are projected as one.
+    """Refuse two projectors where one would do nothing, or where features are projected as one.
 
     Raises:
-        ValueError: the plan projects all groups of a position together.
+        ValueError: naming the plan's sequence and the remedy.
     """
+    if sharing is Sharing.global_and_tiles and not (plan.tiles_reach_feature and plan.reads_global_view):
+        idle = "global views" if plan.tiles_reach_feature else "tiles"
+        raise ValueError(
+            f"projector.sharing={sharing.name}: under plan {plan.name} no {idle} reach the LLM, and their projector "
+            "would learn nothing. Say projector.sharing=shared (projector=mlp)."
+        )
     if plan.sequence is Sequence.channels and sharing is not Sharing.shared:
         raise ValueError(
             f"projector.sharing={sharing.name} with model.sequence=channels: a position's tokens are projected as "

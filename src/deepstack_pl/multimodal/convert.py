@@ -5,7 +5,8 @@ report. Weights, the tower's too, come from the checkpoint alone (method E6). Wh
 go from file to file, a shard at a time, and shapes are checked against a model without weights.
 """
 
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,15 @@ from deepstack_pl.multimodal.published.files import (
     whole_or_nothing,
     write_json,
 )
-from deepstack_pl.multimodal.published.keys import canonical, named, to_published
+from deepstack_pl.multimodal.published.host import host_of
+from deepstack_pl.multimodal.published.keys import EMBEDDINGS, canonical, named, spare_head, to_published
 from deepstack_pl.multimodal.published.text import (
     GENERATION,
     TOKEN_IDS,
+    check_vocabulary,
     generation_settings,
     keep_tokenizer,
+    settings_left_behind,
     tokenizer_back,
 )
 from deepstack_pl.multimodal.published.tower import OPENAI, write_tower
@@ -77,12 +81,16 @@ def convert(
         words = keep_tokenizer(origin, tokenizer, folder)
         token = -200 if words is None else image_token_id(words)
         config = read_config(published, tower, pixels, template=template, image_token_id=token)
+        if words is not None:
+            check_vocabulary(words, config.text_config.vocab_size)
         settings = generation_settings(origin, config, words)
         files = TensorFiles(origin)
         found = {canonical(name): name for name in files}
         shapes = _own_shapes(config)
         names = {ours: to_published(ours, config) for ours in shapes}
-        _check_tensors({p: _part(shapes[o], len(ps)) for o, ps in names.items() for p in ps}, files, found, source)
+        spare = spare_head(config, files, found, source)
+        expected = {p: _part(shapes[o], len(ps)) for o, ps in names.items() for p in ps}
+        _check_tensors(expected, files, found, source, spare)
         dtypes = {ours: _dtype(files, [found[p] for p in names[ours]]) for ours in shapes}
 
         def load(ours: str) -> Tensor:
@@ -97,6 +105,11 @@ def convert(
         settings.save_pretrained(folder)
     for line in _read(source, published, config, place, pixels):
         report(line)
+    settings_left = settings_left_behind(origin, published)
+    if settings_left:
+        report(f"settings of generate left behind: {', '.join(settings_left)}. Give generate those you want")
+    for name in spare:
+        report(f"{name} is stored, but tied to {EMBEDDINGS} and equal: one is kept, and the way back writes one")
     report(
         f"tensors: {len(files)} read, {len(shapes)} written ({', '.join(sorted(map(_short, set(dtypes.values()))))})"
     )
@@ -141,13 +154,25 @@ def convert_back(source: str, destination: str | Path, *, report: Callable[[str]
     report(f"tensors: {len(files)} read, {len(sizes)} written")
     report(f"tower: {written['mm_vision_tower']}" + _tower_warning(written))
     report(about_tokenizer)
+    if config.template != host_of(written).template:
+        report(
+            f"template: {config.template}, which the format cannot say: convert again with --template {config.template}"
+        )
     report(f"written to {destination}, as {written['architectures'][0]}")
 
 
 def _own_shapes(config: DeepStackConfig) -> Shapes:
-    """The tensors of the model that ``config`` describes, shared ones once; nothing is allocated."""
-    with torch.device("meta"):
-        model = DeepStackForConditionalGeneration(config)
+    """The tensors of the model that ``config`` describes, shared ones once; nothing is allocated.
+
+    Raises:
+        ValueError: there can be no such model.
+    """
+    try:
+        with torch.device("meta"):
+            model = DeepStackForConditionalGeneration(config)
+    except Exception as error:  # whatever transformers and torch say to odd sizes
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise ValueError(f"{CONFIG}: no such model can be built: {reason}. Correct it.") from error
     once: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
@@ -159,7 +184,9 @@ def _part(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
     return (shape[0] // parts, *shape[1:]) if parts > 1 else shape
 
 
-def _check_tensors(expected: Shapes, files: TensorFiles, found: Mapping[str, str], source: str) -> None:
+def _check_tensors(
+    expected: Shapes, files: TensorFiles, found: Mapping[str, str], source: str, spare: Sequence[str] = ()
+) -> None:
     """Refuse a checkpoint that is not exactly the model of its config.json."""
     missing, left_over = (
         sorted(expected.keys() - found.keys()),
@@ -175,8 +202,8 @@ def _check_tensors(expected: Shapes, files: TensorFiles, found: Mapping[str, str
         for what, names in (("missing", missing), ("left over", left_over), ("of another shape", reshaped))
         if names
     ]
-    if len(found) < len(files):
-        twice = sorted(set(files) - set(found.values()))
+    twice = sorted(set(files) - {*found.values(), *spare})
+    if twice:
         wrong.append(f"{len(twice)} there under two names: {named(twice)}")
     if wrong:
         raise ValueError(
@@ -227,13 +254,14 @@ def _next_steps(destination: str | Path, words: PreTrainedTokenizerFast | None, 
         )
     else:
         about = f"tokenizer: {len(words)} tokens, <image> is {image_token_id(words)}; template {template}"
+    folder = shlex.quote(str(destination))
     return [
         about,
         f"written to {destination}",
         f"load it:         DeepStackForConditionalGeneration.from_pretrained({str(destination)!r})",
-        f"train from it:   python train.py init_from={destination} model=... llm=... vision=...",
+        f"train from it:   python train.py {shlex.quote(f'init_from={destination}')} model=... llm=... vision=...",
         "                 (options that describe this language model and tower; nothing else is fetched)",
-        f"take it back:    deepstack convert {destination} FOLDER --to published",
+        f"take it back:    deepstack convert {folder} FOLDER --to published",
     ]
 
 

@@ -71,7 +71,8 @@ class DeepStackProcessor:
         save_tokenizer(self.tokenizer, folder)
 
     def prepare(self, record: Record) -> Sample:
-        """A training sample: the whole conversation, answers supervised.
+        """A training sample: the whole conversation, answers supervised. One whose answers are cut away teaches nothing
+        and is counted, as its positions are.
 
         Raises:
             ValueError: placeholders and images differ in number, nothing is supervised, or it is too long.
@@ -81,16 +82,25 @@ class DeepStackProcessor:
         except ValueError as error:
             raise ValueError(f"sample {record.key!r}: {error}") from error
         sample = self._sample(record, encoded.input_ids, encoded.labels, self.too_long)
-        if bool((sample.labels[1:] == IGNORE_INDEX).all()):
-            cut = f" {sample.cut} of its positions were cut: raise llm.max_length." if sample.cut else ""
-            raise ValueError(f"sample {record.key!r}: no token is supervised.{cut} Give it an answer, or leave it out.")
+        if not sample.cut and bool((sample.labels[1:] == IGNORE_INDEX).all()):
+            raise ValueError(f"sample {record.key!r}: no token is supervised. Give it an answer, or leave it out.")
         return sample
 
     def prompt(self, record: Record) -> Sample:
-        """A sample for generation: everything before the last answer. Never cut: it would lose its question."""
+        """A sample for generation: everything before the last answer.
+
+        Raises:
+            ValueError: it is too long; a question is never cut, or what is answered would be another one.
+        """
         turns = record.turns[:-1] if record.turns[-1].role is Role.assistant else record.turns
         ids = encode_prompt(turns, self.template, self.tokenizer)
-        return self._sample(record, ids, [IGNORE_INDEX] * len(ids), TooLong.refuse)
+        sample = self._sample(record, ids, [IGNORE_INDEX] * len(ids), TooLong.cut)
+        if sample.cut:
+            raise ValueError(
+                f"sample {record.key!r}: its question takes {len(sample.input_ids) + sample.cut} positions, but "
+                f"llm.max_length is {self.max_length}. Questions are never cut: raise llm.max_length, or leave it out."
+            )
+        return sample
 
     def collate(self, samples: Sequence[Sample], side: PadSide = PadSide.right) -> MultimodalBatch:
         pad = self.tokenizer.pad_token_id

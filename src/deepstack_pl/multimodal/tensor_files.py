@@ -75,6 +75,9 @@ class TensorFiles(Mapping[str, Tensor]):
             shards: dict[str, set[str] | None] = {file: set() for file in sorted(set(places.values()))}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is no index of safetensors shards. Fetch it again.") from error
+        strange = [file for file in shards if not isinstance(file, str)]
+        if strange:
+            raise ValueError(f"{index} names {strange[0]!r} as a file: it is no index of shards. Fetch it again.")
         absent = [file for file in shards if not (self.folder / file).is_file()]
         if absent:
             raise ValueError(
@@ -119,7 +122,7 @@ def write_tensors(
         limit: bytes of a shard.
 
     Raises:
-        ValueError: there is no room for them.
+        ValueError: there is no room for them, or a file cannot be written.
     """
     needed, free = sum(sizes.values()), disk_usage(folder).free
     if needed > free:
@@ -137,11 +140,14 @@ def write_tensors(
         files = [SINGLE]
     for file, names in zip(files, shards, strict=True):
         # A slice of another tensor is copied: a file holds no shared memory.
-        save_file(
-            {name: load(name).clone(memory_format=torch.contiguous_format) for name in names},
-            folder / file,
-            {"format": "pt"},
-        )
+        held = {name: load(name).clone(memory_format=torch.contiguous_format) for name in names}
+        try:
+            save_file(held, folder / file, {"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{file} cannot be written to {folder.parent} ({str(error).splitlines()[0]}). Make room there, or name "
+                "another place."
+            ) from error
     if len(shards) > 1:
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": needed}, "weight_map": places}

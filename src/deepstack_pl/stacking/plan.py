@@ -39,6 +39,7 @@ from deepstack_pl.stacking.rules import (
     check_views,
     most_groups,
     most_tiles,
+    reads_global_view,
 )
 from deepstack_pl.stacking.sketch import sketch
 
@@ -181,6 +182,11 @@ class Plan:
         enters = any(source is not Source.global_view for source, _ in self.groups(Host.llm))
         return self.sequence in WITH_TILES or enters
 
+    @property
+    def reads_global_view(self) -> bool:
+        """Whether the global view reaches the LLM: in the text, or injected."""
+        return reads_global_view(self, self.injections)
+
     def context_tokens(self, tokens_per_view: int) -> int:
         """Most positions that one image takes in the text sequence."""
         if self.sequence not in STRINGS:
@@ -195,8 +201,8 @@ class Plan:
         return (1 + tiles) * (1 + (self.detail**2 if self.detail > 1 else 0))
 
     def seen_tokens(self, tokens_per_view: int) -> int:
-        """Most visual tokens that one image is read into."""
-        return self.views(self.most_tiles) * tokens_per_view
+        """Most visual tokens that one image is read into, by the tower: before pooling."""
+        return self.views(self.most_tiles) * tokens_per_view * self.pooling**2
 
     @property
     def digest(self) -> str:

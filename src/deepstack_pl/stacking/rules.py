@@ -120,6 +120,12 @@ def _check_sequence(values: Values) -> None:
         )
 
 
+def reads_global_view(values: Values, injections: Several[Injection]) -> bool:
+    """Whether the global view's tokens reach the LLM: in the text, or injected."""
+    again = any(i.host is Host.llm and i.source is Source.global_view for i in injections)
+    return again or values.sequence not in (Sequence.tiles, Sequence.blank)
+
+
 def check_injections(values: Values, injections: Several[Injection]) -> None:
     """Refuse injections that have no position, or nothing to add.
 
@@ -140,6 +146,17 @@ def check_injections(values: Values, injections: Several[Injection]) -> None:
                 f"{injection}: with model.encoding=one_pass the tower never sees tiles by themselves. Say "
                 "model.encoding=separate, or model.host=llm."
             )
+        if injection.host is Host.vit and not reads_global_view(values, injections):
+            raise ValueError(
+                f"{injection}: with model.sequence={sequence.name} nothing of the global view, to which the tower adds "
+                "it, reaches the LLM. Say model.sequence=global_view, or inject the global view too."
+            )
+    in_use = sequence in WITH_TILES or any(i.source is Source.tiles for i in injections)
+    if values.encoding is Encoding.one_pass and not in_use:
+        raise ValueError(
+            "model.encoding=one_pass, but no tile stands in the text or is injected: the pass would be for nothing. "
+            "Say model.encoding=separate."
+        )
     if sequence is Sequence.blank and all(i.host is not Host.llm for i in injections):
         raise ValueError(
             "model.sequence=blank without an injection into the LLM: it would never see the image. Inject something, "

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning
 
-from deepstack_pl.batch import MultimodalBatch
+from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch
 from deepstack_pl.data.config import DataConfig
 from deepstack_pl.data.sources import Source
 from deepstack_pl.data.stream import train_loader
@@ -42,9 +42,9 @@ class DeepStackDataModule(lightning.LightningDataModule):
         self._loader: TimedLoader | None = None
         self._begin()
 
-    def _begin(self, step: int = 0, keys_digest: str = "", cut_positions: int = 0) -> None:
+    def _begin(self, step: int = 0, keys_digest: str = "", cut: tuple[int, int] = (0, 0)) -> None:
         self.start_step = self._trained = step
-        self._cut, self._cut_pending = cut_positions, 0
+        self._cut, self._cut_pending = cut, (0, 0)  # positions, and samples whose whole answer went
         self._digest = keys_digest
         self._pending: list[list[str]] = []  # keys of batches that the optimiser has not been seen to step on
         self._optimizer_steps = 0
@@ -72,14 +72,21 @@ class DeepStackDataModule(lightning.LightningDataModule):
     def cut_positions(self) -> int:
         """Positions that were cut off the samples trained on; 0 unless ``llm.too_long=cut``."""
         self._count()
-        return self._cut
+        return self._cut[0]
+
+    @property
+    def cut_answers(self) -> int:
+        """Samples trained on of which the cut left nothing to learn."""
+        self._count()
+        return self._cut[1]
 
     def on_before_batch_transfer(self, batch: MultimodalBatch, dataloader_idx: int) -> MultimodalBatch:
         """Lightning's last word on a batch before it is trained on."""
         if self.trainer is not None and self.trainer.training:
             self._count()
             self._pending.append(list(batch.keys))
-            self._cut_pending += batch.cut
+            untaught = int((batch.labels[:, 1:] == IGNORE_INDEX).all(1).sum()) if batch.cut else 0
+            self._cut_pending = _plus(self._cut_pending, (batch.cut, untaught))
         return batch
 
     def _count(self) -> None:
@@ -88,8 +95,8 @@ class DeepStackDataModule(lightning.LightningDataModule):
         if self._pending and steps != self._optimizer_steps:
             self._digest = hashlib.sha256(json.dumps([self._digest, self._pending]).encode()).hexdigest()
             self._trained += len(self._pending)
-            self._cut += self._cut_pending
-            self._pending, self._cut_pending = [], 0
+            self._cut = _plus(self._cut, self._cut_pending)
+            self._pending, self._cut_pending = [], (0, 0)
         self._optimizer_steps = steps
 
     def train_dataloader(self) -> TimedLoader:
@@ -114,8 +121,8 @@ class DeepStackDataModule(lightning.LightningDataModule):
         self.teardown("fit")
 
     def state_dict(self) -> dict[str, Any]:
-        counted = {"step": self.step, "keys_digest": self.keys_digest, "cut_positions": self.cut_positions}
-        return {**counted, **self._identity()}
+        cut = {"cut_positions": self.cut_positions, "cut_answers": self.cut_answers}
+        return {"step": self.step, "keys_digest": self.keys_digest, **cut, **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after the batches that were trained.
@@ -124,7 +131,7 @@ class DeepStackDataModule(lightning.LightningDataModule):
             ValueError: the data, the seed, the batch size or the accumulation are not those of the checkpoint.
         """
         here = self._identity()
-        missing = {"step", "keys_digest", "cut_positions", *here} - set(state_dict)
+        missing = {"step", "keys_digest", *here} - set(state_dict)
         if missing:
             raise ValueError(
                 f"the checkpoint does not say its {', '.join(sorted(missing))}: it was written by another version of "
@@ -138,7 +145,9 @@ class DeepStackDataModule(lightning.LightningDataModule):
                     f"samples would not go on where it stopped. Restore {setting}, or start a new run from its "
                     "weights with init_from."
                 )
-        self._begin(state_dict["step"], state_dict["keys_digest"], state_dict["cut_positions"])
+        # Checkpoints from before samples could be cut say nothing of it: nothing was.
+        cut = (state_dict.get("cut_positions", 0), state_dict.get("cut_answers", 0))
+        self._begin(state_dict["step"], state_dict["keys_digest"], cut)
         # Lightning looks for the position in the loader and would say that it is lost.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 
@@ -153,6 +162,10 @@ class DeepStackDataModule(lightning.LightningDataModule):
             "batch_size": self.config.batch_size,
             "accumulate_grad_batches": self._accumulate,
         }
+
+
+def _plus(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    return one[0] + other[0], one[1] + other[1]
 
 
 _SETTINGS = {

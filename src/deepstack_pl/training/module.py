@@ -75,8 +75,10 @@ class DeepStackModule(lightning.LightningModule):
         schedule._last_lr = rates
 
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
-        loss = self.network(**batch.model_inputs(), use_cache=False).loss
-        samples = len(batch.keys)
+        output = self.network(**batch.model_inputs(), use_cache=False)
+        loss, samples = output.loss, len(batch.keys)
+        if batch.cut and bool((batch.labels[:, 1:] == IGNORE_INDEX).all()):
+            loss = output.logits.sum() * 0.0  # the cut left nothing to learn: the mean over no token is NaN
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=samples)
         supervised = (batch.labels[:, 1:] != IGNORE_INDEX).sum()
         values = {"train/loss": loss.detach(), "train/supervised_tokens": supervised.float(), **self._rates()}

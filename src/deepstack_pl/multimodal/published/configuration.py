@@ -21,6 +21,7 @@ from deepstack_pl.stacking.plan import Plan
 from deepstack_pl.vision.config import VisionConfig
 
 POST_ENCODER = 5  # layers that the published code appends to a tower whose stack begins at its end (method B.5)
+NEVER_CUT = 2**31 - 1  # positions: the published code cuts nothing where tokenizer_model_max_length is not said
 TOWER_FOLDER = "vision_tower"  # where a tower that has no public name is described, inside a published folder
 
 _READ = (
@@ -35,8 +36,20 @@ _READ = (
     "tokenizer_model_max_length",
     *PLAN_KEYS,
 )
+# Settings of generate, which transformers 4 kept in every config.json.
+GENERATE = frozenset(
+    word
+    for line in (
+        "max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty",
+        "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size bad_words_ids",
+        "encoder_no_repeat_ngram_size num_return_sequences output_scores return_dict_in_generate",
+        "forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty",
+        "suppress_tokens begin_suppress_tokens",
+    )
+    for word in line.split()
+)
 # Of training, of the published loader, or of transformers 4's base class: no bearing on what the model computes.
-_IRRELEVANT = frozenset(
+_IRRELEVANT = GENERATE | frozenset(
     word
     for line in (
         "_name_or_path architectures auto_map transformers_version hires use_mm_proj mm_patch_merge_type",
@@ -47,11 +60,6 @@ _IRRELEVANT = frozenset(
         "chunk_size_feed_forward is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention",
         "tie_encoder_decoder id2label label2id finetuning_task tokenizer_class prefix sep_token_id problem_type",
         "decoder_start_token_id task_specific_params _attn_implementation",
-        "max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty",
-        "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size bad_words_ids",
-        "encoder_no_repeat_ngram_size num_return_sequences output_scores return_dict_in_generate",
-        "forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty",
-        "suppress_tokens begin_suppress_tokens",
     )
     for word in line.split()
 )
@@ -96,7 +104,7 @@ def read_config(
         plan=plan.to_dict(),
         template=template,
         image_token_id=image_token_id,
-        sample_max_length=published.get("tokenizer_model_max_length") or text.max_position_embeddings,
+        sample_max_length=_longest(published),
         sample_too_long=TooLong.cut.value,
         published=deepcopy(dict(published)),
         dtype=text.dtype,
@@ -133,8 +141,7 @@ def write_config(config: DeepStackConfig) -> dict[str, Any]:
     if vit_start(written) is None or not post_encoder_layers(config):
         _replace(written, fresh["model"], "mm_vision_select_layer", _tap(written, vision), vision.tap)
     _replace(written, fresh["model"], "mm_projector_type", _projector(written).value, config.projector)
-    longest = written.get("tokenizer_model_max_length") or config.text_config.max_position_embeddings
-    _replace(written, fresh["model"], "tokenizer_model_max_length", longest, config.sample_max_length)
+    _replace(written, fresh["model"], "tokenizer_model_max_length", _longest(written), config.sample_max_length)
     if written.get("torch_dtype") is not None:
         written["torch_dtype"] = fresh["host"]["torch_dtype"]
     return written
@@ -194,9 +201,22 @@ def _tap(published: Mapping[str, Any], vision: VisionConfig) -> int:
     return layer if layer >= 0 else vision.layers + 1 + layer
 
 
+def _longest(published: Mapping[str, Any]) -> int:
+    """Positions of a sample before it is cut."""
+    length = published.get("tokenizer_model_max_length")
+    if length is None:
+        return NEVER_CUT
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise ValueError(
+            f"tokenizer_model_max_length={length!r} is no whole number above 0: samples are cut at that many positions."
+            " Correct config.json, or remove it if none was cut."
+        )
+    return length
+
+
 def _projector(published: Mapping[str, Any]) -> ProjectorKind:
     name = published.get("mm_projector_type", "linear")  # as the published code takes a missing one
-    if name not in {kind.value for kind in ProjectorKind}:
+    if not isinstance(name, str) or name not in {kind.value for kind in ProjectorKind}:
         raise ValueError(
             f"mm_projector_type={name!r}: projectors here are {' and '.join(kind.value for kind in ProjectorKind)}. A "
             "checkpoint with another one cannot be converted."
@@ -231,7 +251,7 @@ def _model_values(config: DeepStackConfig) -> dict[str, Any]:
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "use_mm_proj": True,
-        "tokenizer_model_max_length": config.sample_max_length,
+        "tokenizer_model_max_length": None if config.sample_max_length >= NEVER_CUT else config.sample_max_length,
         "tokenizer_padding_side": "right",
         "transformers_version": "4.39.3",  # the published code's
     }

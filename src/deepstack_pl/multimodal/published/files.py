@@ -5,6 +5,7 @@ Everything may be a local folder or a name on the Hugging Face hub.
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,13 +34,14 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of th
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def local_folder(name: str, what: str, remedy: str, files: Sequence[str]) -> Path:
+def local_folder(name: str, what: str, remedy: str, files: Sequence[str], *, by_hand: str = "") -> Path:
     """``name`` as a folder, fetched from the Hugging Face hub where it is none here.
 
     Args:
         what: says in a message what was looked for.
         remedy: what to do where it is not found.
         files: patterns of the files to fetch.
+        by_hand: how to fetch what may well be on the hub.
 
     Raises:
         ValueError: it is neither here nor there.
@@ -51,19 +53,25 @@ def local_folder(name: str, what: str, remedy: str, files: Sequence[str]) -> Pat
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except HFValidationError as error:
-        raise ValueError(f"{what} {name!r}: there is no such folder, and it is no name on a hub either.") from error
+        raise ValueError(
+            f"{what} {name!r}: there is no such folder, and it is no name on a hub either. {remedy}"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"{what} {name!r}: there is no such folder, and the Hugging Face hub gives none of that name, or cannot be "
-            f"reached ({type(error).__name__}). {remedy}"
+            f"reached ({type(error).__name__}). {by_hand or remedy}"
         ) from error
 
 
 def checkpoint_folder(source: str) -> Path:
     """The folder of a published checkpoint."""
-    remedy = f"Where there is a network, `hf download {source} --local-dir FOLDER` fetches it; then convert FOLDER."
+    fetch = f"hf download {shlex.quote(source)} --local-dir FOLDER"
     return local_folder(
-        source, "The checkpoint", remedy, (CONFIG, "generation_config.json", *TOKENIZER_FILES, *_WEIGHTS)
+        source,
+        "The checkpoint",
+        "Give the folder of a whole checkpoint.",
+        (CONFIG, "generation_config.json", f"{TOWER_FOLDER}/*.json", *TOKENIZER_FILES, *_WEIGHTS),
+        by_hand=f"Where there is a network, `{fetch}` fetches it; then convert FOLDER.",
     )
 
 

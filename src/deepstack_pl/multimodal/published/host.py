@@ -7,6 +7,7 @@ with the rotary settings in two keys that transformers 5 keeps in one.
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def host_of(published: Mapping[str, Any]) -> PublishedHost:
         ValueError: it is another one.
     """
     kind = published.get("model_type")
-    if kind not in HOSTS:
+    if not isinstance(kind, str) or kind not in HOSTS:
         known = " and ".join(f"{name} (a {host.family})" for name, host in HOSTS.items())
         raise ValueError(
             f"model_type={kind!r}: published DeepStack checkpoints are {known}. Convert one of these; a plain language "
@@ -90,6 +91,9 @@ def read_host(published: Mapping[str, Any]) -> PreTrainedConfig:
     own = host_keys(host) - {"torch_dtype", "dtype", "rope_scaling"}
     values: dict[str, Any] = {key: deepcopy(published[key]) for key in own if key in published}
     values["dtype"] = _dtype(published)
+    theta = published.get("rope_theta")
+    if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < inf):
+        raise ValueError(f"rope_theta={theta!r}: the rotary base is a number above 0. Correct it in config.json.")
     scaling = _scaling(published, host)
     if scaling is not None:
         values["rope_scaling"] = scaling
@@ -147,10 +151,14 @@ def _scaling(published: Mapping[str, Any], host: PublishedHost) -> dict[str, Any
     scaling = published.get("rope_scaling")
     if not scaling:
         return None
+    if not isinstance(scaling, Mapping):
+        raise ValueError(
+            f"rope_scaling={scaling!r} is no object with a type and its factors. Correct config.json, or say null."
+        )
     scaling = deepcopy(dict(scaling))
     said = scaling.pop("rope_type", scaling.pop("type", None))
     scaling.pop("type", None)
-    kind = _OLD_NAMES.get(said, said)
+    kind = _OLD_NAMES.get(said, said) if isinstance(said, str) else None
     if kind not in host.scalings:
         raise ValueError(
             f"rope_scaling={published['rope_scaling']}: the published code and this one compute the types "

@@ -13,6 +13,7 @@ from deepstack_pl.multimodal.config import Sharing
 from deepstack_pl.multimodal.configuration import DeepStackConfig
 from deepstack_pl.multimodal.published.configuration import post_encoder_layers
 
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one tensor where they are tied
 _OURS = "vision_tower.tower.visual."
 _BLOCKS = "transformer.resblocks."
 _TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -110,6 +111,24 @@ def to_ours(published: str, config: DeepStackConfig) -> str | None:
     if name == "model.image_newline":
         return "image_newline"
     return None if name.startswith("model.vision_tower.") else f"language_model.{name}"
+
+
+def spare_head(config: DeepStackConfig, files: Mapping[str, Tensor], found: dict[str, str], source: str) -> list[str]:
+    """A tied head that is stored beside the embeddings: its name, which leaves ``found``.
+
+    Raises:
+        ValueError: it is not the embeddings.
+    """
+    if not config.text_config.tie_word_embeddings or not {EMBEDDINGS, HEAD} <= found.keys():
+        return []
+    one, other = (files[found[name]] for name in (EMBEDDINGS, HEAD))
+    same = one.dtype is other.dtype and one.shape == other.shape
+    if not same or not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
+        raise ValueError(
+            f"{source}: tie_word_embeddings says that {HEAD} is {EMBEDDINGS}, but two different tensors are stored. "
+            "Say tie_word_embeddings: false in config.json if both were trained; nothing was written."
+        )
+    return [found.pop(HEAD)]
 
 
 def named(names: Mapping[str, object] | list[str], most: int = 5) -> str:

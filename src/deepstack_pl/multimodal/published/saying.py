@@ -1,8 +1,9 @@
 """A plan in the published code's words: the way back of `words`."""
 
+from dataclasses import replace
 from typing import Any
 
-from deepstack_pl.multimodal.published.words import SAMPLINGS, START, WORDS, published_plan
+from deepstack_pl.multimodal.published.words import FEWEST_TILES, SAMPLINGS, START, WORDS, published_plan
 from deepstack_pl.stacking.config import Encoding, GridRule, Host, Newline, Operator, Resize, Sequence, Source
 from deepstack_pl.stacking.plan import Plan
 from deepstack_pl.vision.config import VisionConfig
@@ -16,6 +17,8 @@ def published_values(plan: Plan, vision: VisionConfig) -> dict[str, Any]:
     Raises:
         ValueError: naming what the published code cannot say.
     """
+    if plan.tiles < FEWEST_TILES:
+        raise ValueError(f"plan {plan.name} has no published words: {_about_tiles(plan, vision)}")
     said = _guess(plan)
     try:
         again = published_plan(said, llm_layers=plan.llm_layers, vision=vision)
@@ -23,9 +26,14 @@ def published_values(plan: Plan, vision: VisionConfig) -> dict[str, Any]:
         raise ValueError(f"plan {plan.name} has no published words: {error}") from error
     if again.digest != plan.digest:
         ours, theirs = plan.to_dict(), again.to_dict()
-        differ = [
-            _difference(key, ours[key], theirs[key]) for key in ours if key != "name" and ours[key] != theirs[key]
-        ]
+        keys = [key for key in ours if key != "name" and ours[key] != theirs[key]]
+        if keys == ["grid"] and again.grid is GridRule.square:
+            raise ValueError(
+                f"plan {plan.name} has no published words: its images have the grid {plan.grid.value}, and published "
+                "stacks in the tower the square one alone. Train with model.grid=square, or keep this model in this "
+                "project's format."
+            )
+        differ = [_difference(key, ours[key], theirs[key]) for key in keys]
         raise ValueError(
             f"plan {plan.name} has no published words: the nearest are {said[WORDS]!r} with deepstack_sampling="
             f"{said['deepstack_sampling']!r}, which differ in {'; '.join(differ)}. Only plans that the published code "
@@ -34,10 +42,28 @@ def published_values(plan: Plan, vision: VisionConfig) -> dict[str, Any]:
     return said
 
 
+def _about_tiles(plan: Plan, vision: VisionConfig) -> str:
+    """Why a plan without tiles cannot be said, and with how many it could be, where nothing would change by them."""
+    schedule = (*plan.injections, *plan.dropped)
+    if not schedule:
+        return "it stacks nothing, which is plain LLaVA. That has a format of its own."
+    groups = 4 if plan.sequence is Sequence.blank else len(schedule)  # dummy_local has one for each crop
+    tiles = max(groups, FEWEST_TILES)
+    always = f"published plans always cut tiles (num_crops >= {FEWEST_TILES}), also where nothing reads them"
+    try:
+        published_values(replace(plan, tiles=tiles), vision)
+    except ValueError:
+        return f"{always}, and this one differs in more. Keep this model in this project's format."
+    return (
+        f"{always}. No result depends on them here: set model.tiles={tiles} (plan.tiles in the model's config.json) "
+        "for the way back."
+    )
+
+
 def _guess(plan: Plan) -> dict[str, Any]:
     sources = {injection.source for injection in plan.injections}
     in_tower = any(injection.host is Host.vit for injection in plan.injections)
-    words = ["2xsample"] if plan.grid is GridRule.square else []
+    words = ["2xsample"] if plan.grid is GridRule.square or in_tower else []  # the tower has no other
     words += ["inconsistent"] if plan.resize is Resize.letterbox else []
     words += ["hires_local"] if plan.encoding is Encoding.one_pass else []
     words += ["scaledown_clip"] if plan.pooling > 1 and in_tower else []
@@ -54,7 +80,7 @@ def _guess(plan: Plan) -> dict[str, Any]:
         "num_crops": plan.tiles,
         "deepstack_start_id": 1 if in_tower else start,
         "deepstack_interval": interval,
-        "deepstack_sampling": "2d_scaledown" if plan.pooling > 1 and not in_tower else sampling,
+        "deepstack_sampling": "2d" if in_tower else "2d_scaledown" if plan.pooling > 1 else sampling,
         WORDS: "+".join(words),
         "is_anyres_deepstack": plan.detail > 1,
         "twoviews_unshare": False,  # the projector's, not the plan's

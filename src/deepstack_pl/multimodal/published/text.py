@@ -1,17 +1,21 @@
 """What a conversion does about text: the tokenizer, both ways, and where generated answers end."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from deepstack_pl.language.conversation import IMAGE, TEMPLATES, image_token_id, load_tokenizer, save_tokenizer
 from deepstack_pl.multimodal.configuration import DeepStackConfig
+from deepstack_pl.multimodal.published.configuration import GENERATE
 from deepstack_pl.multimodal.published.files import copy_tokenizer, find_tokenizer, read_json, write_json
 
 GENERATION = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _KEPT = "published_tokenizer"  # the checkpoint's own tokenizer files, for the way back
 _SETTINGS = "tokenizer_config.json"
+_NO_SETTINGS = frozenset({*TOKEN_IDS, "use_cache", "transformers_version", "_from_model_config"})
 
 
 def keep_tokenizer(origin: Path, given: str | None, folder: Path) -> PreTrainedTokenizerFast | None:
@@ -27,6 +31,29 @@ def keep_tokenizer(origin: Path, given: str | None, folder: Path) -> PreTrainedT
         raise ValueError(str(error).replace(str(kept), str(place))) from error
     save_tokenizer(words, folder)
     return words
+
+
+def check_vocabulary(words: PreTrainedTokenizerFast, size: int) -> None:
+    """Refuse a tokenizer of another model: one that writes ids that have no embedding.
+
+    Raises:
+        ValueError: naming such a token; ``<image>`` alone needs no embedding.
+    """
+    beyond = sorted((token_id, token) for token, token_id in words.get_vocab().items() if token_id >= size)
+    beyond = [(token_id, token) for token_id, token in beyond if token != IMAGE]
+    if beyond:
+        token_id, token = beyond[0]
+        raise ValueError(
+            f"The tokenizer has {len(beyond)} tokens beyond vocab_size={size} of config.json, the first being "
+            f"{token!r} ({token_id}): it is another model's. Give this model's own (--tokenizer)."
+        )
+
+
+def settings_left_behind(origin: Path, published: Mapping[str, Any]) -> list[str]:
+    """Settings of generate that the checkpoint says, and that `generation_settings` does not take over."""
+    said = read_json(origin / GENERATION) if (origin / GENERATION).is_file() else {}
+    names = {*(said.keys() - _NO_SETTINGS), *(published.keys() & GENERATE)}
+    return sorted(name for name in names if said.get(name, published.get(name)) is not None)
 
 
 def generation_settings(

@@ -40,6 +40,7 @@ PLAN_KEYS = (
 )
 WORDS = "deepstack_args_for_ablation"
 START = "lsvit_start_layer_"
+FEWEST_TILES = 2
 SAMPLINGS = {
     "2d": (Dealing.strided_2d, 1),
     "1d": (Dealing.strided_1d, 1),
@@ -120,16 +121,21 @@ def plan_values(published: Mapping[str, Any]) -> ModelConfig:
         )
     words, start = words_of(published), vit_start(published)
     crops = _whole(published, "num_crops", 4)
-    if crops < 2:
+    if crops < FEWEST_TILES:
         raise ValueError(
-            f"num_crops={crops}: the published code has no grid of fewer than two crops, and crashes without one. A "
-            "model that stacks nothing is plain LLaVA, which has a format of its own."
+            f"num_crops={crops}: the published code has no grid of fewer than two crops, and crashes without one. "
+            "Correct config.json."
         )
     sampling = published.get("deepstack_sampling", "2d")
-    if sampling not in SAMPLINGS:
+    if not isinstance(sampling, str) or sampling not in SAMPLINGS:
         raise ValueError(f"deepstack_sampling={sampling!r}: published are {', '.join(SAMPLINGS)}. Say one of these.")
     hd = bool(published.get("is_anyres_deepstack", False))
-    layout = _check_together(words, str(sampling), hd, crops)
+    if hd and isqrt(crops) < 2:
+        raise ValueError(
+            f"num_crops={crops} with is_anyres_deepstack: every view is enlarged u = floor(sqrt(num_crops)) times, and "
+            "u must be 2 or more here. Correct num_crops, or say is_anyres_deepstack: false."
+        )
+    layout = _check_together(words, sampling, hd, crops)
     dealing, pooling = SAMPLINGS[sampling]
     square = bool(words & {"2xsample", "hires_local"})
     values = ModelConfig(
@@ -140,8 +146,8 @@ def plan_values(published: Mapping[str, Any]) -> ModelConfig:
         encoding=Encoding.one_pass if "hires_local" in words else Encoding.separate,
         pooling=2 if "scaledown_clip" in words else pooling,
         dealing=dealing,
-        start_layer=_whole(published, "deepstack_start_id", 1),
-        interval=_whole(published, "deepstack_interval", 1),
+        start_layer=_whole(published, "deepstack_start_id", 1, least=0),
+        interval=_whole(published, "deepstack_interval", 1, least=1),
         groups=isqrt(crops) ** 2 if square else crops,
         overflow=Overflow.drop,  # as the published code does in silence
     )
@@ -226,8 +232,12 @@ def _check_together(words: set[str], sampling: str, hd: bool, crops: int) -> str
     return layouts[0] if layouts else None
 
 
-def _whole(published: Mapping[str, Any], key: str, missing: int) -> int:
+def _whole(published: Mapping[str, Any], key: str, missing: int, *, least: int | None = None) -> int:
     value = published.get(key, missing)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{key}={value!r} is no whole number. Correct it in config.json, or remove it for {missing}.")
+    if least is not None and value < least:
+        raise ValueError(
+            f"{key}={value}: it is at least {least}. Correct it in config.json, or remove it for {missing}."
+        )
     return value
