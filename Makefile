@@ -34,7 +34,7 @@ train: install  ## data, training, evaluation, report: python train.py
 	$(BIN)/python train.py
 
 test: install  ## the test suite, offline
-	$(PYTEST) -m "not slow" --durations=10
+	$(PYTEST) -m "not slow" -n 2 --dist loadfile --durations=10
 
 test-slow: install  ## the tests that train
 	$(PYTEST) -m slow --durations=10

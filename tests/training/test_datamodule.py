@@ -3,12 +3,14 @@
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import lightning
 import pytest
 import torch
 from small_run import Pages, small_model, small_module, small_processor, small_trainer
 
+from deepstack_pl.batch import Role, Turn
 from deepstack_pl.data.config import DataConfig
 from deepstack_pl.language.config import TooLong
 from deepstack_pl.training.checkpoint import RunCheckpoint
@@ -137,25 +139,43 @@ def test_the_position_counts_what_was_trained_and_not_what_was_fetched(tmp_path)
     assert digest == digest_of(tmp_path / "two", steps=2)
 
 
-def test_positions_cut_off_are_counted_over_a_resume(tmp_path):
+class Wordy(Pages):
+    """Every fourth page has a question so long that a cut leaves nothing of its answer."""
+
+    def __getitem__(self, index):
+        page = super().__getitem__(index)
+        question = "<image>Which colours " + "and which again " * 20 * (index % 4 == 0)
+        return replace(page, turns=(Turn(Role.user, question), page.turns[-1]))
+
+
+def test_what_is_cut_off_is_counted_over_a_resume_positions_and_whole_answers(tmp_path):
     def cutting():
-        datamodule = data()
-        datamodule.processor.max_length, datamodule.processor.too_long = 24, TooLong.cut
+        datamodule = data(pages=Wordy())
+        datamodule.processor.max_length, datamodule.processor.too_long = 40, TooLong.cut
         return datamodule
 
-    lost = {}
-    for key in map(str, range(12)):
-        sample = cutting().processor.prepare(Pages()[int(key)])
-        lost[sample.key] = sample.cut
-        assert len(sample.input_ids) == min(24, 24 + sample.cut)
-    assert any(lost.values())
-    whole, first, going_on = cutting(), interrupt_after(2), cutting()
-    fit(tmp_path / "a", Keys(), datamodule=whole)
+    positions, answers = {}, {}
+    for index in range(12):
+        sample = cutting().processor.prepare(Wordy()[index])
+        positions[sample.key], answers[sample.key] = sample.cut, bool((sample.labels == -100).all())
+        assert len(sample.input_ids) <= 40
+    assert sum(answers.values()) == 3
+    whole, first, going_on, rest = cutting(), interrupt_after(2), cutting(), Keys()
+    module, _ = fit(tmp_path / "a", Keys(), datamodule=whole)
     fit(tmp_path / "b", first, GracefulStop(), RunCheckpoint(tmp_path / "b"), datamodule=cutting())
-    rest = Keys()
     fit(tmp_path / "b", rest, resume=tmp_path / "b" / "last.ckpt", datamodule=going_on)
-    counted = sum(lost[key] for keys in first.seen + rest.seen for key in keys)
-    assert whole.cut_positions == going_on.cut_positions == counted
+    trained = [key for keys in first.seen + rest.seen for key in keys]
+    for datamodule in (whole, going_on):
+        assert datamodule.cut_positions == sum(positions[key] for key in trained) > 0
+        assert datamodule.cut_answers == sum(answers[key] for key in trained) > 0
+    batch = whole.processor.collate([whole.processor.prepare(Wordy()[index]) for index in (0, 4)])
+    module.trainer, module.log, module.log_dict = None, lambda *a, **k: None, lambda *a, **k: None
+    module._rates = dict
+    module.zero_grad()
+    loss = module.training_step(batch, 0)
+    loss.backward()
+    assert loss == 0, "a batch of which the cut left nothing to learn"
+    assert all(p.grad is None or bool((p.grad == 0).all()) for p in module.network.parameters())
 
 
 def test_the_digest_is_of_the_batches_trained_on_and_not_of_what_settings_promise(tmp_path):

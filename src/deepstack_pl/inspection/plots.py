@@ -57,7 +57,7 @@ def plan_figure(plan: Plan, tokens_per_view: int) -> Figure:
     if plan.tiles or plan.detail > 1:
         _mosaic(axes, plan)
     _arrows(axes, plan)
-    if _tiles_in_text(plan):
+    if _tiles_in_text(plan) and plan.detail == 1:  # with details, it is these that are drawn, not the tiles
         line = {"arrowstyle": "-|>", "mutation_scale": 11, "linewidth": 1.7, "color": INK}
         axes.add_patch(FancyArrowPatch((0.57, _FLOOR - 0.028), (_LLM + 0.005, _FLOOR - 0.028), **line))
     notes = [f"dropped beyond the depth: {injection}" for injection in plan.dropped]
