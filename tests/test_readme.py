@@ -72,3 +72,20 @@ def test_every_command_composes(command: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "what learns" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_deepstack_commands_do_what_stands_beside_them(tmp_path: Path) -> None:
+    typed = [line.split("  #")[0].split() for line in re.findall(r"^ +deepstack (.*)$", README, re.M)]
+    assert [words[0] for words in typed] == ["parity", "convert", "convert"]
+    save_a_run(tmp_path / "outputs" / "RUN")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    script = Path(sys.executable).with_name("deepstack")
+    parity, by_name, back = (
+        subprocess.run([script, *words], cwd=tmp_path, capture_output=True, text=True, check=False) for words in typed
+    )
+    assert (parity.returncode, back.returncode) == (0, 0), parity.stdout + back.stderr
+    assert "24 cases: 24 equal the published code" in parity.stdout
+    assert (tmp_path / "theirs" / "model.safetensors").is_file()
+    assert by_name.returncode == 1  # offline
+    assert "menglc/deepstack-l-vicuna-7b" in by_name.stderr

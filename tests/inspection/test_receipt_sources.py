@@ -187,7 +187,9 @@ def test_a_pass_that_is_not_one_is_named(how, monkeypatch):
         monkeypatch.setattr(encoder, "_one_pass", lambda views, images: honest(views, images).roll(1, dims=0))
     else:
         separate = small_model(ModelConfig(name="l", grid=GridRule.square)).vision_tower
-        monkeypatch.setattr(encoder, "_one_pass", lambda views, images: separate(views, torch.empty(0, 16 * images, dtype=torch.long)))
+        monkeypatch.setattr(
+            encoder, "_one_pass", lambda views, images: separate(views, torch.empty(0, 16 * images, dtype=torch.long))
+        )
     assert "is not the one dealt from its image's tiles" in text_fault(config, model)
 
 

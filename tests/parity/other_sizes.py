@@ -95,7 +95,7 @@ def text() -> Published:
         host=_HOST,
         plan={**_PLAN, "deepstack_sampling": "1d"},
         rows=[Row(ids=[1, 20, 21, 22, 23], answer=2)],
-        kept_layers=(),
+        kept_layers=(0,),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-WIDTH, INNER, VOCABULARY = 16, 24, 96  # of the language model
+WIDTH, INNER, VOCABULARY = 16, 24, 704  # of the language model
 TOWER, TOWER_INNER, PATCH, SIZE = 12, 20, 4, 16  # of the vision tower
 TOWER_NAME = "tiny-clip"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")

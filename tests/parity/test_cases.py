@@ -3,7 +3,6 @@
 Worst differences seen: views 0, layer inputs 5.7e-6, logits 3.2e-6, loss 9.5e-7, gradients 3.4e-7.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from copies import GOLDEN, complaints, copy_of, edit, failed, spoil, with_more, 
 from other_sizes import AFTER_THE_LAST, OTHER_SIZES
 from safetensors.torch import load_file
 
-from deepstack_pl.cli import parity as command
+from deepstack_pl.cli.main import main
 from deepstack_pl.inspection.measured import Quantity
 from deepstack_pl.inspection.parity import cases_of, run_case
 
@@ -74,9 +73,7 @@ def test_a_model_of_other_sizes_with_another_activation_or_epsilon_is_not_equal(
 
 
 def run(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args(words))
+    return main(["parity", *words])
 
 
 def test_the_command_says_how_far_apart_everything_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -85,6 +82,7 @@ def test_the_command_says_how_far_apart_everything_is(capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "2 cases: 2 equal the published code" in out
     assert "…" not in out
+    assert all(len(line) <= 80 for line in out.partition("gradients by part")[0].splitlines())
     written = json.loads(file.read_text())
     assert [case["case"] for case in written["cases"]] == ["l_default", "l_truncated"]
     assert {row["quantity"] for row in written["cases"][0]["rows"]} == {
@@ -128,9 +126,16 @@ def test_a_folder_without_such_a_case_is_an_error(
 
 def test_the_commands_exit_status_tells_whether_all_is_equal(tmp_path: Path) -> None:
     folder = copy_of(tmp_path, "l_small_square")
-    words = [sys.executable, "-c", "from deepstack_pl.cli.main import entry; entry()", "parity", str(folder)]
-    assert subprocess.run(words, capture_output=True).returncode == 0
+    shutil.copytree(GOLDEN / "cases" / "l_start0", folder / "cases" / "l_start0")
     spoil(folder / "cases" / "l_small_square" / "outputs.safetensors", "logits", with_more(1e-3, 0, 0, 0))
-    done = subprocess.run(words, capture_output=True, text=True)
+    assert run(str(folder), "--case", "l_start0") == 0
+    words = [sys.executable, "-c", "from deepstack_pl.cli.main import entry; entry()", "parity", str(folder)]
+    done = subprocess.run([*words, "--case", "l_start0", "--case", "l_small_square"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "logits" in done.stdout
+    assert "l_small_square: logits" in done.stdout
+
+
+def test_a_file_that_cannot_be_written_is_a_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(str(GOLDEN), "--case", "l_small_square", "--json", str(tmp_path / "file" / "parity.json")) == 1
+    assert "Name a file in a folder that is there" in capsys.readouterr().err

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import replica
 import torch
 from PIL import Image
 from replica import TOWER_NAME, Replica, index_bytes, write
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from deepstack_pl.multimodal.convert import convert, convert_back
 from deepstack_pl.multimodal.expand import make_sample
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor, generation_inputs
+from deepstack_pl.multimodal.published.files import checkpoint_folder
 from deepstack_pl.multimodal.published.keys import rename_to_ours, rename_to_published
 from deepstack_pl.multimodal.tensor_files import TensorFiles, write_tensors
 from deepstack_pl.stacking.config import Host, ModelConfig
@@ -189,6 +191,12 @@ def move_in_the_index(folder: Path) -> None:
     write(folder / "model.safetensors.index.json", index)
 
 
+def number_the_shards(folder: Path) -> None:
+    index = json_of(folder / "model.safetensors.index.json")
+    index["weight_map"] = dict.fromkeys(index["weight_map"], 5)
+    write(folder / "model.safetensors.index.json", index)
+
+
 def truncate(folder: Path) -> None:
     shard = folder / "model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
@@ -202,7 +210,7 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
         change(NORM, lambda t: t.update({NORM: torch.zeros(17)})),
         f"1 of another shape: {NORM} (17,), expected (16,)",
     ),
-    "another vocabulary": (set_config(vocab_size=97), "lm_head.weight (96, 16), expected (97, 16)"),
+    "another vocabulary": (set_config(vocab_size=705), "lm_head.weight (704, 16), expected (705, 16)"),
     "two dtypes in one tensor": (
         change(
             "model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.bias",
@@ -231,6 +239,18 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
     "a broken config": (lambda folder: (folder / "config.json").write_text("{"), "is no JSON"),
     "another model": (set_config(model_type="llava_llama"), "model_type='llava_llama'"),
+    "the tower's folder on another machine": (
+        set_config(mm_vision_tower="/models/clip"),
+        "no name on a hub either. Give the folder with the tower's config.json: --vision-tower FOLDER",
+    ),
+    "an activation that is none": (set_config(hidden_act="silo"), "no such model can be built (KeyError: 'silo')"),
+    "a vocabulary of nothing": (set_config(vocab_size=0), "no such model can be built (IndexError: "),
+    "no layers": (set_config(num_hidden_layers=None), "transformers refuses its values for a llama"),
+    "an index of numbers": (number_the_shards, "names 5 as a file"),
+    "tied, but two tensors": (
+        set_config(tie_word_embeddings=True),
+        "lm_head.weight is model.embed_tokens.weight, but two different tensors are stored",
+    ),
     "an unknown tower": (set_config(mm_vision_tower="nobody/knows-it"), "mm_vision_tower 'nobody/knows-it'"),
     "OpenAI's tower, of another size": (
         set_config(mm_vision_tower="openai/clip-vit-large-patch14-336", mm_hidden_size=1024),
@@ -259,6 +279,71 @@ def test_a_destination_with_something_in_it_is_left_alone(tmp_path: Path, capsys
     assert [path.name for path in (tmp_path / "ours").iterdir()] == ["mine.txt"]
     (tmp_path / "ours" / "mine.txt").unlink()
     assert main(["convert", str(source), str(tmp_path / "ours")]) == 0
+
+
+def test_tied_embeddings_that_are_stored_twice_are_read_once(tmp_path: Path) -> None:
+    replica, lines = Replica(layers=8, tower_layers=6, tied=True), []
+    tensors = replica.tensors()
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    source = replica.write(tmp_path / "source", tensors={**tensors, **head})
+    convert(str(source), tmp_path / "ours", report=lines.append)
+    assert any(line.startswith("lm_head.weight is stored, but tied to model.embed_tokens.weight") for line in lines)
+    convert_back(str(tmp_path / "ours"), tmp_path / "back", report=silent)
+    assert tensors_of(tmp_path / "back").keys() == tensors.keys()
+
+
+def test_a_tokenizer_with_ids_beyond_the_embeddings_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica, "VOCABULARY", 698)
+    source = SMALL.write(tmp_path / "source")
+    before = {path.name for path in tmp_path.iterdir()}
+    text = failing(["convert", str(source), str(tmp_path / "ours"), "--tokenizer", str(TOKENIZER)], capsys)
+    assert "The tokenizer has 2 tokens beyond vocab_size=698" in text
+    assert left_behind(tmp_path, before) == set()
+    monkeypatch.setattr(replica, "VOCABULARY", 700)  # <image> is 700
+    convert(str(SMALL.write(tmp_path / "fits")), tmp_path / "ours", tokenizer=str(TOKENIZER), report=silent)
+
+
+def test_a_towers_description_is_fetched_with_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        fetched.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("deepstack_pl.multimodal.published.files.snapshot_download", fetch)
+    assert checkpoint_folder("somebody/model") == tmp_path
+    assert {"vision_tower/*.json", "config.json", "*.safetensors"} <= set(fetched)
+
+
+def test_a_disk_that_fills_up_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    source = SMALL.write(tmp_path / "source")
+    monkeypatch.setattr("deepstack_pl.multimodal.tensor_files.save_file", full)
+    text = failing(["convert", str(source), str(tmp_path / "ours")], capsys)
+    assert "model.safetensors cannot be written" in text
+    assert "No space left on device" in text
+
+
+def test_printed_commands_can_be_pasted(tmp_path: Path) -> None:
+    lines: list[str] = []
+    convert(str(SMALL.write(tmp_path / "source")), tmp_path / "my model", report=lines.append)
+    assert any(f"deepstack convert '{tmp_path}/my model' FOLDER" in line for line in lines)
+    assert any(f"train.py 'init_from={tmp_path}/my model' model=" in line for line in lines)
+
+
+def test_another_template_than_the_hosts_is_named_on_the_way_back(tmp_path: Path) -> None:
+    source, lines = str(SMALL.write(tmp_path / "source")), []
+    for template, named in (("plain", 1), (None, 0)):
+        convert(source, tmp_path / f"{template}", template=template, report=silent)
+        lines.clear()
+        convert_back(str(tmp_path / f"{template}"), tmp_path / f"back_{template}", report=lines.append)
+        assert sum("convert again with --template plain" in line for line in lines) == named
 
 
 def test_a_hub_name_without_a_network_says_how_to_fetch_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,7 +436,10 @@ def test_generation_settings_of_training_stay_behind(tmp_path: Path) -> None:
     write(
         source / "generation_config.json", {"eos_token_id": [2, 7], "do_sample": True, "temperature": 0.9, "top_p": 0.6}
     )
-    convert(str(source), tmp_path / "ours", report=silent)
+    lines: list[str] = []
+    convert(str(source), tmp_path / "ours", report=lines.append)
+    left = "settings of generate left behind: do_sample, max_length, temperature, top_p."
+    assert any(line.startswith(left) for line in lines)
     settings = json_of(tmp_path / "ours" / "generation_config.json")
     assert {key: value for key, value in settings.items() if key != "transformers_version"} == {
         "bos_token_id": 1,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from copies import GOLDEN, copy_of, edit, failed, spoil, with_more, with_value
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -144,6 +145,23 @@ def test_a_view_that_is_off_shows(amount: float, wrong: list[str], tmp_path: Pat
     assert failed(run_case(folder, "l_start0")) == wrong
 
 
+def test_an_image_without_stored_views_shows(tmp_path: Path) -> None:
+    folder = copy_of(tmp_path, "l_start0")
+    file = folder / "cases" / "l_start0" / "inputs.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if key != "views.1"}, file)
+    assert failed(run_case(folder, "l_start0")) == ["views.1"]
+
+
+def test_a_transparent_picture_is_opened_as_the_published_loader_does(tmp_path: Path) -> None:
+    folder = copy_of(tmp_path, "l_small_square")
+    file = folder / "cases" / "l_small_square" / "image_0.png"
+    with Image.open(file) as picture:
+        clear = picture.convert("RGB")
+    clear.putalpha(90)
+    clear.save(file)
+    assert failed(run_case(folder, "l_small_square")) == []
+
+
 def test_views_in_another_order_show(tmp_path: Path) -> None:
     folder = copy_of(tmp_path, "l_hd_truncated")
     inputs = folder / "cases" / "l_hd_truncated" / "inputs.safetensors"
@@ -187,7 +205,21 @@ def broken_tensors(home: Path) -> None:
     (home / "outputs.safetensors").write_bytes(b"\x00" * 40)
 
 
+def without(*keys: str) -> Callable[[Path], None]:
+    """Drop stored outputs that begin so."""
+
+    def drop(home: Path) -> None:
+        file = home / "outputs.safetensors"
+        save_file({key: value for key, value in load_file(file).items() if not key.startswith(keys)}, file)
+
+    return drop
+
+
 SPOILED = {
+    "lacks logits, loss, layer_input.<number>": without(""),
+    "lacks logits:": without("logits"),
+    "lacks loss:": without("loss"),
+    "lacks layer_input.<number>:": without("layer_input."),
     "there is no such file": lambda home: (home / "outputs.safetensors").unlink(),
     "cannot be read as JSON": broken_json,
     "cannot be read as safetensors": broken_tensors,

@@ -171,8 +171,8 @@ def _own_shapes(config: DeepStackConfig) -> Shapes:
         with torch.device("meta"):
             model = DeepStackForConditionalGeneration(config)
     except Exception as error:  # whatever transformers and torch say to odd sizes
-        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-        raise ValueError(f"{CONFIG}: no such model can be built: {reason}. Correct it.") from error
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise ValueError(f"{CONFIG}: no such model can be built ({reason}). Correct it.") from error
     once: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():

@@ -99,7 +99,7 @@ def read_host(published: Mapping[str, Any]) -> PreTrainedConfig:
         values["rope_scaling"] = scaling
     try:
         config = CONFIG_MAPPING[host.family](**values)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"config.json: transformers refuses its values for a {host.family}: {reason}") from error
     return config
