@@ -58,3 +58,22 @@ def test_the_cases_that_are_named_are_those_that_are_stored() -> None:
     assert all(named.values()), named
     assert {*chain(*named.values())} == stored
     assert f"for {len(stored)}\ncases" in PARITY
+
+
+def test_sections_of_the_method_that_comments_cite_are_there() -> None:
+    method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    files = [
+        file
+        for room in ("src", "tests", "docs", "conf")
+        for file in (ROOT / room).rglob("*")
+        if file.suffix in (".py", ".md", ".yaml")
+    ]
+    cited = {
+        section
+        for file in files
+        for section in re.findall(r"[Mm]ethod ([A-F]\.?\d?)\b", file.read_text(encoding="utf-8"))
+    }
+    assert {"A.3", "A.7", "B.4"} <= cited
+    for section in sorted(section for section in cited if section[0] != "E"):  # its rows stand in parity.md
+        heading = rf"\*\*.*{re.escape(section)}\b.*\*\*" if "." in section else rf"^## {section}\."
+        assert re.search(heading, method, re.M), section
