@@ -124,10 +124,11 @@ def require_room(processor: DeepStackProcessor, source: Source, config: Evaluati
             question is longer than the context.
     """
     count = min(max(config.samples, config.final_samples), len(source))
+    stops, length, key = stop_ids(processor), 0, ""
     for index in range(count):
-        _require_context(processor, source[index])
-    records, stops = (source[index] for index in range(count)), stop_ids(processor)
-    length, key = max(((_answer_length(processor, record, stops), record.key) for record in records), default=(0, ""))
+        record = source[index]
+        length, key = max((length, key), (_answer_length(processor, record, stops), record.key))
+        _require_context(processor, record)
     if length > config.max_new_tokens:
         raise ValueError(
             f"sample {key!r}: its answer and its end are {length} tokens, but evaluation.max_new_tokens="
