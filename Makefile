@@ -1,6 +1,6 @@
 # Everything a newcomer types. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow check clean
+.PHONY: help install train test test-slow check bench clean
 
 # The first interpreter that really runs (a version manager's shim may exist and fail), is 3.11 or 3.12, and can make a
 # virtual environment. Name another with `make PYTHON=...`.
@@ -44,6 +44,9 @@ check: install  ## lint, format, types, import floors
 	$(BIN)/ruff format --check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+bench: install  ## preprocessing against the published path, on one core; writes experiments/benchmarks/views.md
+	$(BIN)/python experiments/benchmarks/views.py
 
 clean:  ## remove caches and build leftovers; data, outputs and .venv stay
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info

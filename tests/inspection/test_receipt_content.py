@@ -12,6 +12,7 @@ from deepstack_pl.inspection.probe import Pictures, probe_batch
 from deepstack_pl.inspection.receipt import take_receipt
 from deepstack_pl.inspection.record import ReceiptError
 from deepstack_pl.stacking.config import Dealing, Host, InjectionConfig, ModelConfig, Operator, Source
+from deepstack_pl.vision.config import ViewsBackend
 
 PLANS = {
     Host.llm: STACKED,
@@ -138,7 +139,7 @@ def test_the_slow_way_names_tokens_by_where_they_lie_in_the_picture(monkeypatch)
 
     monkeypatch.setattr(content, "features", colours)
     monkeypatch.setattr(content, "projected", lambda model, seen, images: seen)
-    dealt = lay_out(model, probe_batch(model, processor), Pictures(pages, (2, 2))).groups
+    dealt = lay_out(model, probe_batch(model, processor), Pictures(pages, (2, 2)), ViewsBackend.pil).groups
     assert list(dealt) == [(Host.llm, Source.tiles, group) for group in range(4)]
     for (_, _, group), images in dealt.items():
         i, j = divmod(group, 2)

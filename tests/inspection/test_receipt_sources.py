@@ -210,9 +210,9 @@ def test_an_oblong_image_dealt_or_resized_wrongly_is_named(resize, monkeypatch):
 
     config = ModelConfig(name="l", resize=resize)
     assert take_receipt(small_model(config), small_processor(config)).ok
-    cut = views._cut
+    enlarger = views._enlarger
     other = {Resize.stretch: Resize.letterbox, Resize.letterbox: Resize.stretch}
-    monkeypatch.setattr(views, "_cut", lambda i, g, s, r: cut(i, g, s, other[r] if g == (1, 3) else r))
+    monkeypatch.setattr(views, "_enlarger", lambda stretch, r, own: enlarger(stretch, other[r], own))
     message = failure(small_model(config), config=config)
     assert "is not the one dealt from its image's tiles at" in message
     assert "(of an image of 1 x 3 tiles)" in message

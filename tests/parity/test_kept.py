@@ -13,6 +13,7 @@ from torch import Tensor
 from deepstack_pl.batch import PadSide
 from deepstack_pl.stacking.config import Newline, Source
 from deepstack_pl.stacking.plan import Plan
+from deepstack_pl.vision.views import normalise
 
 TEXT, ONE, TWO, WIDE = MIXED
 
@@ -44,7 +45,7 @@ def test_e11_a_small_square_image_becomes_one_tile_over_another_stretched(side: 
     assert len(sample.views) == 3
     seen = views_slowly(model, image)
     assert seen.grid == (1, 2)
-    assert torch.equal(sample.views, torch.stack([seen.whole, *seen.tiles]))
+    assert torch.equal(normalise(sample.views, model.config.typed_vision()), torch.stack([seen.whole, *seen.tiles]))
     tall = image.resize((16, 32), 3)  # bicubic
     for tile, box in zip(cut_slowly(image, (1, 2), 16), ((0, 0, 16, 16), (0, 16, 16, 32)), strict=True):
         assert tile.tobytes() == tall.crop(box).tobytes()
@@ -111,7 +112,9 @@ def test_e18_a_group_at_the_selected_feature_passes_no_further_block() -> None:
     with torch.no_grad():
         tower = model.vision_tower
         difference = tower(batch.views, batch.vit_rows) - tower(batch.views, without)
-        embedded = tower.tower.embed(batch.views)[:, 1:].flatten(0, 1)  # groups are dealt before block 0
+        embedded = tower.tower.embed(normalise(batch.views, tower.tower.config))[:, 1:].flatten(
+            0, 1
+        )  # groups are dealt before block 0
         torch.testing.assert_close(difference[0], embedded[batch.vit_rows[3]], atol=1e-5, rtol=1e-5)
         seen = tower_slowly(model, views_slowly(model, ONE[1][0]))
         torch.testing.assert_close(tower(batch.views, batch.vit_rows)[0], seen.whole, atol=1e-5, rtol=1e-5)

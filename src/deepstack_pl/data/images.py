@@ -1,12 +1,15 @@
 """Bytes to pictures: what the bytes are, a look at the header before the decoder, and a plain sentence on failure.
 
-EXIF rotation is not applied and of an animation the first frame is taken, as LLaVA and its descendants do.
+JPEG is decoded by simplejpeg, everything else by Pillow: the pixels are Pillow's either way. EXIF rotation is not
+applied and of an animation the first frame is taken, as LLaVA and its descendants do.
 """
 
 from io import BytesIO
 
-from PIL import Image
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
 
+from deepstack_pl.batch import Reason, Refused
 from deepstack_pl.vision.views import as_rgb
 
 MAX_PIXELS = 64_000_000  # refused from the header: a small file can unfold into gigabytes
@@ -20,6 +23,7 @@ _SIGNATURES = (
     (b"II*\0", "tif"),
     (b"MM\0*", "tif"),
 )
+_PILLOW = {"png": "PNG", "jpg": "JPEG", "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "webp": "WEBP"}
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 
 
@@ -43,27 +47,94 @@ def describe_bytes(data: bytes) -> str:
     return f"{len(data)} bytes that are no picture, starting with {data[:16]!r}"
 
 
+def image_size(data: bytes, where: str = "image") -> tuple[int, int]:
+    """Width and height in pixels, from the header alone.
+
+    Raises:
+        Refused: no picture, or more than `MAX_PIXELS`; says where, what was found and what to do.
+    """
+    header = _jpeg_header(data)
+    width, height = header[:2] if header else _open(data, where).size
+    if width * height > MAX_PIXELS:
+        raise _too_large(where, f"{width} x {height}")
+    return width, height
+
+
 def decode_image(data: bytes, where: str) -> Image.Image:
     """The picture in RGB, transparency on white.
 
     Raises:
-        ValueError: unreadable, or larger than `MAX_PIXELS`; says where, what was found and what to do.
+        Refused: unreadable, cut off, of a mode without a range (32 bits), or larger than `MAX_PIXELS`, which is found
+            before any decoder runs; says where, what was found and what to do.
     """
+    image_size(data, where)
+    image = _decode_jpeg(data, where) or _open(data, where)
     try:
-        image = Image.open(BytesIO(data))
-        width, height = image.size
-        if width * height <= MAX_PIXELS:
-            image.load()
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{where}: {error} Scale it down, or leave it out.") from error
+        image.load()
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        raise ValueError(
-            f"{where}: cannot read this image: found {describe_bytes(data)} ({error}). "
-            "Fetch it again, or leave its record out."
-        ) from error
-    if width * height > MAX_PIXELS:
-        raise ValueError(
-            f"{where}: an image of {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded. "
-            "Scale it down, or leave it out."
+        raise _unreadable(data, where, error) from error
+    if image.mode in ("I", "F"):
+        raise Refused(
+            Reason.image,
+            f"{where}: an image of 32 bits a pixel (mode {image.mode}), which say neither black nor white. "
+            "Save it with 8 or 16 bits, or leave its record out.",
         )
     return as_rgb(image)
+
+
+def _open(data: bytes, where: str) -> Image.Image:
+    """The header as Pillow reads it; only the decoder that the bytes call for is tried."""
+    kind = sniff(data)
+    if kind is None:
+        raise _unreadable(data, where)
+    try:
+        return Image.open(BytesIO(data), formats=(_PILLOW[kind],))
+    except Image.DecompressionBombError as error:  # a bound of Pillow's own, above ours
+        raise _too_large(where, f"more than {MAX_PIXELS:,}") from error
+    except UnidentifiedImageError as error:  # its text is the address of an object in memory
+        raise _unreadable(data, where) from error
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        raise _unreadable(data, where, error) from error
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, str] | None:
+    """Width, height and colours of a JPEG; None for what is none, and for one that TurboJPEG does not know."""
+    if sniff(data) != "jpg":
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:  # Pillow knows more kinds; what it cannot read either is refused there
+        return None
+    return int(width), int(height), str(colours)
+
+
+def _decode_jpeg(data: bytes, where: str) -> Image.Image | None:
+    """The pixels of a JPEG, decoded strictly: Pillow hands out what a cut file has, and grey for the rest. None where
+    Pillow is to decode: four colours, whose rounding differs, and bytes too many, which lose nothing.
+    """
+    header = _jpeg_header(data)
+    if header is None:
+        return None
+    inks = header[2] in ("CMYK", "YCCK")
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "CMYK" if inks else "RGB")
+    except ValueError as error:
+        if "extraneous bytes" in str(error):
+            return None
+        raise _unreadable(data, where, error) from error
+    return None if inks else Image.fromarray(pixels)
+
+
+def _unreadable(data: bytes, where: str, error: Exception | None = None) -> Refused:
+    found = describe_bytes(data) + (f" ({error})" if error else "")
+    return Refused(
+        Reason.image,
+        f"{where}: cannot read this image: found {found}. Fetch it again, or leave its record out.",
+    )
+
+
+def _too_large(where: str, size: str) -> Refused:
+    return Refused(
+        Reason.image,
+        f"{where}: an image of {size} pixels; at most {MAX_PIXELS:,} are decoded. Scale it down, or leave it out.",
+    )

@@ -157,9 +157,7 @@ def injection_strengths(
 
 def global_view(processor: DeepStackProcessor, record: Record) -> Any:
     """The first image's global view as the model sees it, from 0 to 1, ``[s, s, 3]``."""
-    view = processor.prompt(record).views[0].permute(1, 2, 0)
-    pixels = view * torch.tensor(processor.vision.std) + torch.tensor(processor.vision.mean)
-    return pixels.clamp(0, 1).numpy()
+    return (processor.prompt(record).views[0].permute(1, 2, 0) / 255).numpy()
 
 
 def _writers(trainer: lightning.Trainer) -> list[SummaryWriter]:

@@ -16,6 +16,7 @@ from deepstack_pl.inspection.slow_views import before_the_stack, cut_by_hand, fe
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.stacking.config import Dealing, Host, Newline, Order, Sequence, Source, Unfilled
 from deepstack_pl.stacking.injection import InjectionTrace
+from deepstack_pl.vision.config import ViewsBackend
 
 VIEWS = {Source.tiles: "tiles", Source.global_view: "global view", Source.detail: "details"}
 _CLOSE = 1e-4  # of a token's size: rounding in float32 stays far below, another patch's token far above
@@ -34,10 +35,12 @@ class Laid:
     sequence: list[Float[Tensor, "n d"]]
 
 
-def lay_out(model: DeepStackForConditionalGeneration, batch: MultimodalBatch, pictures: Pictures) -> Laid:
+def lay_out(
+    model: DeepStackForConditionalGeneration, batch: MultimodalBatch, pictures: Pictures, backend: ViewsBackend
+) -> Laid:
     """Lay out ``pictures`` by hand; of ``batch``, made of them, only what the tower adds to global views is read."""
     plan, places = model.plan, views_by_source(model.plan, pictures)
-    views = cut_by_hand(plan, model.vision_tower.tower.config, pictures).to(batch.views.device)
+    views = cut_by_hand(plan, model.vision_tower.tower.config, pictures, backend).to(batch.views.device)
     images = range(len(pictures.images))
 
     def own(tokens: Tensor, image: int) -> dict[Source, Tensor]:

@@ -28,6 +28,8 @@ from deepstack_pl.multimodal.published.configuration import read_config, unread_
 from deepstack_pl.multimodal.published.keys import rename_to_ours, rename_to_published
 from deepstack_pl.multimodal.tensor_files import TensorFiles
 from deepstack_pl.stacking.mosaic import best_grid
+from deepstack_pl.vision.config import VisionConfig
+from deepstack_pl.vision.views import normalise
 
 __all__ = ["CaseResult", "cases_of", "run_case"]
 
@@ -128,7 +130,7 @@ def samples_of(case: StoredCase, model: DeepStackForConditionalGeneration) -> li
 def _compare(case: StoredCase, attention: str) -> list[Measured]:
     model = build(case, attention)
     samples = samples_of(case, model)
-    rows = [*_grids(case, model), *_views(case, samples)]
+    rows = [*_grids(case, model), *_views(case, samples, model.config.typed_vision())]
     rows += _forward(case, model, _batch(model, samples, PadSide.right))
     if any(ids is not None for ids in case.greedy):
         rows += _greedy(case.greedy, model, samples)
@@ -159,13 +161,14 @@ def _grids(case: StoredCase, model: DeepStackForConditionalGeneration) -> list[M
     return rows
 
 
-def _views(case: StoredCase, samples: list[Sample]) -> list[Measured]:
+def _views(case: StoredCase, samples: list[Sample], vision: VisionConfig) -> list[Measured]:
+    """Normalised, against those that are stored."""
     rows = []
     for row, image in enumerate(case.images):
         name, stored = f"views.{row}", case.views.get(row)
         if image is not None and stored is not None:
             axes = ("view", "channel", "y", "x")
-            rows.append(measure(Quantity.views, name, samples[row].views, stored, VIEWS, axes))
+            rows.append(measure(Quantity.views, name, normalise(samples[row].views, vision), stored, VIEWS, axes))
         elif image is not None:
             rows.append(refused(Quantity.views, name, "is not stored, but the sample has an image: store its views"))
         elif stored is not None and stored.any():

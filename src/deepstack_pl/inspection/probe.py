@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -25,7 +25,7 @@ from deepstack_pl.stacking.config import Dealt, GridRule, Host, Newline, Source
 from deepstack_pl.stacking.injection import NOTHING, InjectionTrace
 from deepstack_pl.stacking.plan import Injection, Plan
 from deepstack_pl.vision.config import VisionConfig
-from deepstack_pl.vision.views import full_grid_size
+from deepstack_pl.vision.views import full_grid_size, normalise
 
 IMAGES = 3  # of a probe batch: one in one row, two in another
 _OPENED = 0.5  # what a closed gate is set to for the length of a pass
@@ -38,7 +38,7 @@ class Observed:
 
     Attributes:
         layers: for each layer of each host a checksum of its output, bit by bit.
-        views: the views that entered, a leaf of the graph where gradients were on.
+        views: the views that entered; normalised and a leaf of the graph where gradients were on.
         embeds: what entered the LLM.
         gates: the gates that were used in place of the model's own.
     """
@@ -126,12 +126,13 @@ def run(
 ) -> Observed:
     """One pass over ``batch`` with ``changes`` to its tensors; ``gates`` stand in for the model's own."""
     inputs: dict[str, Any] = {**batch.model_inputs(), **(changes or {})}
-    views = inputs["views"].detach().clone().requires_grad_(gradients)
-    inputs["views"] = views
+    if gradients:  # else they enter as in training: levels have no gradient
+        pixels = normalise(inputs["views"], model.vision_tower.tower.config)
+        inputs["views"] = pixels.detach().clone().requires_grad_()
     with torch.set_grad_enabled(gradients), _watched(model) as (layers, entered):
         leaves = {name: gate.detach().clone().requires_grad_(gradients) for name, gate in gates.items()}
         output = functional_call(model, leaves, (), {**inputs, "use_cache": False, "record": True})
-    return Observed(output.loss, output.logits, output.record, layers, views, leaves, entered[0])
+    return Observed(output.loss, output.logits, output.record, layers, inputs["views"], leaves, entered[0])
 
 
 def own_gates(model: DeepStackForConditionalGeneration) -> dict[str, Tensor]:
@@ -191,10 +192,10 @@ def views_by_source(plan: Plan, pictures: Pictures) -> dict[Source, list[list[in
     return found
 
 
-def with_others(batch: MultimodalBatch, places: list[int]) -> Tensor:
+def with_others(batch: MultimodalBatch, places: list[int]) -> UInt8[Tensor, "v 3 s s"]:
     """The batch's views, with those at ``places`` as their own negatives."""
     views = batch.views.clone()
-    views[places] *= -1
+    views[places] = 255 - views[places]
     return views
 
 

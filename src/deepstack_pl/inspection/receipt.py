@@ -43,6 +43,7 @@ from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.stacking.config import Host, Operator
 from deepstack_pl.stacking.injection import InjectionTrace
 from deepstack_pl.stacking.plan import Injection
+from deepstack_pl.vision.config import ViewsBackend
 
 
 def take_receipt(model: DeepStackForConditionalGeneration, processor: DeepStackProcessor) -> Receipt:
@@ -79,10 +80,11 @@ class _Shown:
         pictures: Pictures,
         batch: MultimodalBatch,
         gates: dict[str, Tensor],
+        backend: ViewsBackend,
     ) -> "_Shown":
         observed = run(model, batch, gates)
         with replaced(model, gates):
-            return cls(pictures, batch, observed, lay_out(model, batch, pictures))
+            return cls(pictures, batch, observed, lay_out(model, batch, pictures, backend))
 
     @property
     def named(self) -> str:
@@ -99,12 +101,12 @@ class _Trial:
         self.batch: MultimodalBatch = probe_batch(model, processor)
         self.pictures = full_pictures(self.plan, processor.vision)
         self.own, self.gates = own_gates(model), opened(own_gates(model))
-        self.shown = [_Shown.of(model, self.pictures, self.batch, self.gates)]
+        self.shown = [_Shown.of(model, self.pictures, self.batch, self.gates, processor.backend)]
         self.base = self.shown[0].observed
         oblong = oblong_pictures(self.plan, processor.vision)
         if oblong is not None:
             batch = batch_of([oblong.images], processor).to(model.device)
-            self.shown.append(_Shown.of(model, oblong, batch, self.gates))
+            self.shown.append(_Shown.of(model, oblong, batch, self.gates, processor.backend))
         # Passes are compared bit by bit, and attention without gradients takes another path: hence two of this one.
         self.graph = run(model, self.batch, self.gates, gradients=True)
         self.closed = run(model, self.batch, self.own, gradients=True) if self._closed() else None

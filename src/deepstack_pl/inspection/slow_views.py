@@ -1,8 +1,8 @@
 """Views and their tokens, made the slow way for receipts: cut by hand, projected one by one, averaged corner by corner.
 
 What the product makes of tiles as a batch is made here of each picture. The tower's blocks and a projector's layers are
-the product's own: they are what is trusted. Axes: ``v`` views, ``p2`` patches of a view, ``q2`` tokens of a pooled
-one, ``d e`` widths of tower and LLM.
+the product's own, as are the filters that resize: they are what is trusted. Axes: ``v`` views, ``p2`` patches of a
+view, ``q2`` tokens of a pooled one, ``d e`` widths of tower and LLM.
 """
 
 from math import ceil
@@ -19,43 +19,51 @@ from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.projector import TwoProjectors
 from deepstack_pl.stacking.config import Encoding, Host, Resize
 from deepstack_pl.stacking.plan import Plan
-from deepstack_pl.vision.config import VisionConfig
+from deepstack_pl.vision.config import ViewsBackend, VisionConfig
+from deepstack_pl.vision.resize import resizer
 
 
-def cut_by_hand(plan: Plan, vision: VisionConfig, pictures: Pictures) -> Float[Tensor, "v 3 s s"]:
-    """Global views; then, image by image, tiles and the details of each view, in raster order."""
+def cut_by_hand(
+    plan: Plan, vision: VisionConfig, pictures: Pictures, backend: ViewsBackend
+) -> Float[Tensor, "v 3 s s"]:
+    """Global views; then, image by image, tiles and the details of each view, in raster order. Normalised."""
     size, (columns, rows) = vision.image_size, pictures.grid
-    cut = [image.resize((size, size), Image.Resampling.BICUBIC) for image in pictures.images]
+    cut = [_stretched(image, size, size, backend) for image in pictures.images]
     fine = plan.detail if plan.detail > 1 else 0
     for image in pictures.images:
-        boxed = plan.resize is Resize.letterbox and columns > 0
-        enlarged = _boxed(image, columns * size, rows * size) if boxed else image
-        cut += _cells(enlarged, (columns, rows), size, (0, 0, columns, rows))
-        cut += _cells(image, (fine, fine), size, (0, 0, fine, fine))
-        for y in range(rows):
+        if columns:
+            full = (columns * size, rows * size)
+            enlarge = _boxed if plan.resize is Resize.letterbox else _stretched
+            cut += _cells(enlarge(image, *full, backend), size, (0, 0, columns, rows))
+        if fine:
+            whole = _stretched(image, fine * size, fine * size, backend)
+            cut += _cells(whole, size, (0, 0, fine, fine))
+        for y in range(rows if fine else 0):
             for x in range(columns):
-                box = (x * fine, y * fine, (x + 1) * fine, (y + 1) * fine)
-                cut += _cells(image, (columns * fine, rows * fine), size, box)
+                large = _stretched(image, columns * fine * size, rows * fine * size, backend)
+                cut += _cells(large, size, (x * fine, y * fine, (x + 1) * fine, (y + 1) * fine))
     pixels = torch.from_numpy(np.stack([np.asarray(view) for view in cut])).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (vision.mean, vision.std))
     return ((pixels - mean) / std).contiguous()
 
 
-def _boxed(image: Image.Image, width: int, height: int) -> Image.Image:
+def _stretched(image: Image.Image, width: int, height: int, backend: ViewsBackend) -> Image.Image:
+    """As the filter makes it; filters are trusted."""
+    return Image.fromarray(resizer(image, backend)(width, height))
+
+
+def _boxed(image: Image.Image, width: int, height: int, backend: ViewsBackend) -> Image.Image:
     """``image`` in its own shape, centred on black: one side is filled, the other rounded up."""
     filled = min(width / image.width, height / image.height)
     across, down = min(width, ceil(image.width * filled)), min(height, ceil(image.height * filled))
     canvas = Image.new("RGB", (width, height))
-    canvas.paste(image.resize((across, down), Image.Resampling.BICUBIC), ((width - across) // 2, (height - down) // 2))
+    canvas.paste(_stretched(image, across, down, backend), ((width - across) // 2, (height - down) // 2))
     return canvas
 
 
-def _cells(image: Image.Image, grid: tuple[int, int], size: int, box: tuple[int, int, int, int]) -> list[Image.Image]:
-    """The cells of ``box`` (left, top, right, bottom, in cells) of ``image`` enlarged to ``grid``."""
+def _cells(large: Image.Image, size: int, box: tuple[int, int, int, int]) -> list[Image.Image]:
+    """The cells of ``box`` (left, top, right, bottom, in cells of ``size`` pixels)."""
     left, top, right, bottom = box
-    if left == right:
-        return []
-    large = image.resize((grid[0] * size, grid[1] * size), Image.Resampling.BICUBIC)
     return [
         large.crop((x * size, y * size, (x + 1) * size, (y + 1) * size))
         for y in range(top, bottom)

@@ -11,6 +11,13 @@ class VisionInit(Enum):
     pretrained = "pretrained"
 
 
+class ViewsBackend(Enum):
+    """What enlarges and shrinks images."""
+
+    pil = "pil"  # Pillow's bicubic filter: the published preprocessing, bit for bit
+    torch = "torch"  # torch's antialiased bicubic filter on uint8: several times faster, within 2 of 255 levels
+
+
 @dataclass(kw_only=True, slots=True)
 class VisionConfig:
     """An open_clip vision transformer, written out so that plans are checked and meta models built offline."""

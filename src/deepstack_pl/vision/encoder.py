@@ -9,7 +9,7 @@ from math import isqrt
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from deepstack_pl.stacking.config import Encoding, Host
@@ -17,6 +17,7 @@ from deepstack_pl.stacking.injection import InjectionTrace, inject
 from deepstack_pl.stacking.plan import Plan
 from deepstack_pl.vision.config import VisionConfig
 from deepstack_pl.vision.towers import OpenClipTower
+from deepstack_pl.vision.views import normalise
 
 
 class VisionEncoder(nn.Module):
@@ -34,24 +35,26 @@ class VisionEncoder(nn.Module):
 
     def forward(
         self,
-        views: Float[Tensor, "v 3 s s"],
+        views: UInt8[Tensor, "v 3 s s"] | Float[Tensor, "v 3 s s"],
         vit_rows: Int[Tensor, "h m"],
         scales: Float[Tensor, " gated"] | None = None,
         traces: list[InjectionTrace] | None = None,
     ) -> Float[Tensor, "k p2 d"]:
         """The selected hidden state without the class token.
 
+        ``views`` are levels 0 to 255 (uint8), normalised here in float32 and only then brought to the weights' dtype;
+        float views are taken as normalised already, as gradients to pixels need them.
         Groups are dealt from the tiles as they stand before the first injected layer; from there on tiles go along
         only where the plan needs their features too. Views that nothing reads are not run.
         """
         prefix, injections = self.tower.prefix, self.plan.at(Host.vit)
         groups, gated = self.plan.groups(Host.vit), self.plan.gated(Host.vit)
         images = vit_rows.shape[1] // self.tower.config.patches_per_side**2
+        tiles = bool(injections) or self.plan.tiles_reach_feature or self.plan.encoding is Encoding.one_pass
+        pixels = normalise(views if tiles else views[:images], self.tower.config).to(self.tower.dtype)
         if self.plan.encoding is Encoding.one_pass:
-            return self._one_pass(views, images)
-        if not injections and not self.plan.tiles_reach_feature:
-            views = views[:images]
-        hidden = self.tower.embed(views)
+            return self._one_pass(pixels, images)
+        hidden = self.tower.embed(pixels)
         sources = hidden
         for layer in range(self.plan.vit_layers + 1):
             if injections and layer == min(injections):
@@ -66,10 +69,10 @@ class VisionEncoder(nn.Module):
                 hidden = self.tower.blocks[layer](hidden)
         return hidden[:, prefix:]
 
-    def _one_pass(self, views: Float[Tensor, "v 3 s s"], images: int) -> Float[Tensor, "k p2 d"]:
+    def _one_pass(self, pixels: Float[Tensor, "v 3 s s"], images: int) -> Float[Tensor, "k p2 d"]:
         """Global views by themselves, each image's tiles as one enlarged image, cut up again afterwards."""
         prefix, side, patches = self.tower.prefix, isqrt(self.plan.most_tiles), self.tower.config.patches_per_side
-        small, large = self.tower.embed(views[:images]), self.tower.embed_together(views[images:], (side, side))
+        small, large = self.tower.embed(pixels[:images]), self.tower.embed_together(pixels[images:], (side, side))
         for block in self.tower.blocks[: self.plan.vit_layers]:
             small, large = block(small), block(large)
         cut = rearrange(large[:, prefix:], "i (r h c w) d -> (i r c) (h w) d", r=side, c=side, h=patches, w=patches)

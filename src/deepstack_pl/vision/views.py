@@ -1,8 +1,8 @@
 """An image becomes views: the global view, the tiles of the enlarged image, and their details (method A.1, A.7).
 
-All are plain stretches with Pillow's bicubic filter, so that global view and mosaic share one coordinate system (the
-paper's "consistent" setting, table 5), unless the plan letter-boxes the enlarged image. Pillow 13 changes bicubic
-pixels; the project pins 12.
+All are plain stretches with a bicubic filter, so that global view and mosaic share one coordinate system (the paper's
+"consistent" setting, table 5), unless the plan letter-boxes the enlarged image. Views stay uint8 until they are on the
+model's device: a quarter of the memory and of the traffic on the way there.
 """
 
 from math import ceil, isqrt
@@ -17,38 +17,51 @@ from torch import Tensor
 from deepstack_pl.stacking.config import Resize
 from deepstack_pl.stacking.mosaic import best_grid
 from deepstack_pl.stacking.plan import Plan
-from deepstack_pl.vision.config import VisionConfig
+from deepstack_pl.vision.config import ViewsBackend, VisionConfig
+from deepstack_pl.vision.resize import Resizer, resizer
 
 Pixels = UInt8[ndarray, "s s 3"]
 
 
 def views_of(
-    image: Image.Image, plan: Plan, vision: VisionConfig
-) -> tuple[Float[Tensor, "v 3 s s"], tuple[int, int] | None]:
-    """The views of ``image``, normalised, and the grid ``(columns, rows)`` of its tiles (None: no tiles).
+    image: Image.Image, plan: Plan, vision: VisionConfig, backend: ViewsBackend = ViewsBackend.pil
+) -> tuple[UInt8[Tensor, "v 3 s s"], tuple[int, int] | None]:
+    """The views of ``image``, levels 0 to 255, and the grid ``(columns, rows)`` of its tiles (None: no tiles).
 
     They stand in the order that `stacking.mosaic` counts them in.
     """
-    image = as_rgb(image)
+    stretch = resizer(as_rgb(image), backend)
     size = vision.image_size
     grid = best_grid(*image.size, tile=size, tiles=plan.tiles, rule=plan.grid) if plan.tiles else None
-    views = _cut(image, (1, 1), size, Resize.stretch)
+    views = _cut(stretch, (1, 1), size)
     if grid is not None:
-        views += _cut(image, grid, size, plan.resize)
+        views += _cut(_enlarger(stretch, plan.resize, image.size), grid, size)
     if plan.detail > 1:
         for columns, rows in [(1, 1)] + ([grid] if grid is not None else []):
             fine = (columns * plan.detail, rows * plan.detail)
-            views += _by_cell(_cut(image, fine, size, Resize.stretch), fine[0], plan.detail)
-    pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 255
-    return (pixels - _channels(vision.mean)) / _channels(vision.std), grid
+            views += _by_cell(_cut(stretch, fine, size), fine[0], plan.detail)
+    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2), grid
 
 
-def _cut(image: Image.Image, grid: tuple[int, int], size: int, resize: Resize) -> list[Pixels]:
-    """``image`` enlarged to ``grid`` and cut into cells of ``size`` pixels, in raster order."""
+def normalise(
+    views: UInt8[Tensor, "v 3 s s"] | Float[Tensor, "v 3 s s"], vision: VisionConfig
+) -> Float[Tensor, "v 3 s s"]:
+    """Levels 0 to 255 as the tower was trained on them: by 255, less ``vision.mean``, by ``vision.std``, in float32.
+
+    Float views are taken as normalised already, and returned as they are.
+    """
+    if views.dtype != torch.uint8:
+        return views
+    # Tensors, because a GPU divides by a number as it multiplies with its reciprocal, which changes the last bit; made
+    # on the device, because every step would wait for a copy to it.
+    levels, mean, std = (_channels(values, views.device) for values in ([255.0] * 3, vision.mean, vision.std))
+    return (views.float() / levels - mean) / std
+
+
+def _cut(stretch: Resizer, grid: tuple[int, int], size: int) -> list[Pixels]:
+    """The picture enlarged to ``grid`` and cut into cells of ``size`` pixels, in raster order."""
     columns, rows = grid
-    full = (columns * size, rows * size)
-    letterbox = resize is Resize.letterbox
-    pixels = np.asarray(_letterbox(image, full) if letterbox else image.resize(full, Image.Resampling.BICUBIC))
+    pixels = stretch(columns * size, rows * size)
     return [pixels[y * size : (y + 1) * size, x * size : (x + 1) * size] for y in range(rows) for x in range(columns)]
 
 
@@ -64,32 +77,43 @@ def _by_cell(fine: list[Pixels], columns: int, detail: int) -> list[Pixels]:
     ]
 
 
-def _letterbox(image: Image.Image, full: tuple[int, int]) -> Image.Image:
-    """As large as fits into ``full`` in its own shape, centred on black, as LLaVA does it."""
-    across, down = full[0] / image.width, full[1] / image.height
-    if across < down:
-        inner = (full[0], min(ceil(image.height * across), full[1]))
-    else:
-        inner = (min(ceil(image.width * down), full[0]), full[1])
-    canvas = Image.new("RGB", full)
-    corner = ((full[0] - inner[0]) // 2, (full[1] - inner[1]) // 2)
-    canvas.paste(image.resize(inner, Image.Resampling.BICUBIC), corner)
-    return canvas
+def _enlarger(stretch: Resizer, resize: Resize, own: tuple[int, int]) -> Resizer:
+    """What ``resize`` makes of a picture of its ``own`` width and height: stretched, or as large as fits, in its own
+    shape and centred on black, as LLaVA does it.
+    """
+    if resize is Resize.stretch:
+        return stretch
+
+    def boxed(width: int, height: int) -> UInt8[ndarray, "y x 3"]:
+        across, down = width / own[0], height / own[1]
+        if across < down:
+            inner = (width, min(ceil(own[1] * across), height))
+        else:
+            inner = (min(ceil(own[0] * down), width), height)
+        left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
+        canvas = np.zeros((height, width, 3), np.uint8)
+        canvas[top : top + inner[1], left : left + inner[0]] = stretch(*inner)
+        return canvas
+
+    return boxed
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB: transparency on white, 16 bits brought down to 8 (Pillow alone would clip them)."""
+    """The picture in RGB: transparency on white, 16 bits brought down to 8 (Pillow alone would clip them).
+
+    An image that is so already is returned itself, not a copy.
+    """
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def no_views(vision: VisionConfig) -> Float[Tensor, "0 3 s s"]:
+def no_views(vision: VisionConfig) -> UInt8[Tensor, "0 3 s s"]:
     """The views of a sample without an image."""
-    return torch.empty(0, 3, vision.image_size, vision.image_size)
+    return torch.empty(0, 3, vision.image_size, vision.image_size, dtype=torch.uint8)
 
 
 def full_grid_size(plan: Plan, vision: VisionConfig) -> tuple[int, int]:
@@ -102,5 +126,5 @@ def full_grid_size(plan: Plan, vision: VisionConfig) -> tuple[int, int]:
     return columns * size, rows * size
 
 
-def _channels(values: list[float]) -> Float[Tensor, "3 1 1"]:
-    return torch.tensor(values)[:, None, None]
+def _channels(values: list[float], device: torch.device) -> Float[Tensor, "3 1 1"]:
+    return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])
