@@ -6,12 +6,12 @@ A *row* is ``view * tokens_per_view + patch``; global views come first, then all
 is none: -1 stands for nothing, -2 for the learned newline.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -32,6 +32,28 @@ class Role(Enum):
     assistant = "assistant"
 
 
+class Reason(Enum):
+    """Why a sample is not trained on."""
+
+    missing = "missing"  # an image is not there
+    image = "image"  # an image cannot be read
+    conversation = "conversation"  # its turns cannot be learned from
+    too_long = "too_long"  # nothing to learn is left within llm.max_length
+    changed = "changed"  # its bytes are not those of the index
+
+
+class Refused(ValueError):
+    """A sample that cannot be trained on; the sentence names it, the rule and the remedy."""
+
+    def __init__(self, reason: Reason, sentence: str) -> None:
+        super().__init__(reason, sentence)  # both, so that it travels between processes
+        self.reason = reason
+        self.sentence = sentence
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One utterance; ``<image>`` in it stands for the next image."""
@@ -46,6 +68,7 @@ class Record:
 
     Attributes:
         key: names it in messages: shard and key, or file and row.
+        source: the part of the corpus it belongs to, for counts and losses by source: ``coco``, ``text``, ...
         kind: what it asks for (``coarse``, ``fine``, ...); metrics are reported by kind.
         facts: the parts of its last answer that are scored one by one; the whole answer where nothing finer is known.
     """
@@ -55,6 +78,7 @@ class Record:
     images: tuple[Image.Image, ...]
     kind: str = "answer"
     facts: tuple[str, ...] = ()
+    source: str = ""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,7 +88,7 @@ class Sample:
     Attributes:
         key: where it came from, for messages.
         labels: unshifted; -100 where nothing is learned.
-        views: the sample's global views, in order, then its other views, image by image.
+        views: the sample's global views, in order, then its other views, image by image; levels 0 to 255.
         images: how many global views.
         token_index: for each position its slot, -1 at text.
         sequence_rows: for each slot the row that stands in the text sequence.
@@ -72,62 +96,100 @@ class Sample:
         vit_rows: for each group and patch of the global views the row added in the tower, where a view has as many
             tokens as patches; in the LLM it has fewer if the plan pools.
         cut: positions that were cut off because the sample was too long.
+        source: as in `Record`.
+        refused: why there is nothing of it here, as (reason, sentence); None for a sample that is trained on.
     """
 
     key: str
     input_ids: Int[Tensor, " t"]
     labels: Int[Tensor, " t"]
-    views: Float[Tensor, "v 3 s s"]
+    views: UInt8[Tensor, "v 3 s s"]
     images: int
     token_index: Int[Tensor, " t"]
     sequence_rows: Int[Tensor, " n"]
     group_rows: Int[Tensor, "g n"]
     vit_rows: Int[Tensor, "h m"]
     cut: int = 0
+    source: str = ""
+    refused: tuple[Reason, str] | None = None
 
 
 @dataclass(kw_only=True, slots=True)
 class MultimodalBatch:
-    """What the model reads; the fields are its ``forward``'s keywords, but for ``keys`` and ``cut``.
+    """What the model reads; the fields are its ``forward``'s keywords, but for those below.
 
     Attributes:
-        cut: positions that were cut off its samples.
+        keys: of its samples, row by row; "" for one that only fills the batch. A row is one sample, or several that are
+            packed into it as segments.
+        sources: of its samples.
+        cuts: positions that were cut off each sample.
+        refused: for each sample why there is nothing of it, None where it is trained on.
+        segment_ids: for each position the number of its sample in the row, from 1; 0 at padding.
     """
 
     input_ids: Int[Tensor, "b t"]
     labels: Int[Tensor, "b t"]
     attention_mask: Bool[Tensor, "b t"]
     position_ids: Int[Tensor, "b t"]
-    views: Float[Tensor, "v 3 s s"]
+    views: UInt8[Tensor, "v 3 s s"]
     token_index: Int[Tensor, "b t"]
     sequence_rows: Int[Tensor, " n"]
     group_rows: Int[Tensor, "g n"]
     vit_rows: Int[Tensor, "h m"]
     keys: list[str]
-    cut: int = 0
+    sources: list[str]
+    cuts: list[int]
+    refused: list[tuple[Reason, str] | None]
+    segment_ids: Int[Tensor, "b t"]
 
     def to(self, device: torch.device | str) -> "MultimodalBatch":
         """The same batch on ``device``."""
-        moved = {name: value.to(device) for name, value in self.model_inputs().items()}
-        return MultimodalBatch(**moved, keys=self.keys, cut=self.cut)
+        # From pinned memory to a GPU the copy is queued before all that reads it; the other way nothing waits for it.
+        queued = torch.device(device).type == "cuda"
+        return self._each(lambda tensor: tensor.to(device, non_blocking=queued))
+
+    def pin_memory(self) -> "MultimodalBatch":
+        """The same batch in page-locked memory; DataLoaders call this, and would leave out what has no such method."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "MultimodalBatch":
+        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if f.name not in _LISTS})
+
+    def sample_ids(self) -> Int[Tensor, "b t"]:
+        """For each position its sample, as a place in ``keys``; -1 at padding."""
+        in_row = self.segment_ids.max(1).values
+        before = in_row.cumsum(0) - in_row
+        return torch.where(self.segment_ids > 0, self.segment_ids - 1 + before[:, None], -1)
 
     def model_inputs(self) -> dict[str, Tensor]:
         """The tensors, by the model's own names."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("keys", "cut")}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_LISTS, "segment_ids")}
+
+
+_LISTS = ("keys", "sources", "cuts", "refused")
 
 
 def collate(
-    samples: Sequence[Sample], *, pad_id: int, side: PadSide, tokens_per_view: int, patches_per_view: int | None = None
+    rows: Sequence[Sample | Sequence[Sample]],
+    *,
+    pad_id: int,
+    side: PadSide,
+    tokens_per_view: int,
+    patches_per_view: int | None = None,
 ) -> MultimodalBatch:
     """Pad, and count rows and slots over the whole batch.
 
-    ``tokens_per_view`` are the LLM's, ``patches_per_view`` the tower's where a plan pools.
+    Several samples in one row are its segments: positions start anew with each, and none of their first tokens is
+    learned, as it would be from the segment before. ``tokens_per_view`` are the LLM's, ``patches_per_view`` the tower's
+    where a plan pools.
 
     A batch without a single image carries one blank view that no position points at, so that the vision path runs on
     every step of every rank and contributes exactly zero.
     """
+    packed = [[row] if isinstance(row, Sample) else list(row) for row in rows]
+    samples = [sample for row in packed for sample in row]
     images = sum(s.images for s in samples)
-    longest = max(len(s.input_ids) for s in samples)
+    longest = max(sum(len(s.input_ids) for s in row) for row in packed)
     views = [s.views[: s.images] for s in samples] + [s.views[s.images :] for s in samples]
     parts: dict[str, list[Tensor]] = {name: [] for name in ("sequence_rows", "group_rows", "vit_rows", "token_index")}
     patches = tokens_per_view if patches_per_view is None else patches_per_view
@@ -135,10 +197,10 @@ def collate(
     slots, first_image, first_tile = 0, 0, images
     for sample in samples:
         for name, per_view in per_views.items():
-            rows = getattr(sample, name)
+            own = getattr(sample, name)
             split = sample.images * per_view
-            moved = torch.where(rows < split, rows + first_image * per_view, rows - split + first_tile * per_view)
-            parts[name].append(torch.where(rows < 0, rows, moved))
+            moved = torch.where(own < split, own + first_image * per_view, own - split + first_tile * per_view)
+            parts[name].append(torch.where(own < 0, own, moved))
         index = sample.token_index
         parts["token_index"].append(torch.where(index < 0, index, index + slots))
         slots += len(sample.sequence_rows)
@@ -150,17 +212,24 @@ def collate(
         for name in ("group_rows", "vit_rows"):
             parts[name].append(torch.full((getattr(samples[0], name).shape[0], per_views[name]), -1))
 
-    def pad(rows: list[Tensor], value: int) -> Tensor:
-        out = torch.full((len(rows), longest), value, dtype=torch.long)
-        for place, row in zip(out, rows, strict=True):
-            (place[: len(row)] if side is PadSide.right else place[longest - len(row) :]).copy_(row)
+    def pad(each: list[Tensor], value: int) -> Tensor:
+        out, first = torch.full((len(packed), longest), value, dtype=torch.long), 0
+        for place, row in zip(out, packed, strict=True):
+            joined = torch.cat(each[first : first + len(row)])
+            (place[: len(joined)] if side is PadSide.right else place[longest - len(joined) :]).copy_(joined)
+            first += len(row)
         return out
 
-    mask = pad([torch.ones(len(s.input_ids), dtype=torch.long) for s in samples], 0)
-    positions = torch.arange(longest).expand_as(mask) if side is PadSide.right else (mask.cumsum(1) - 1).clamp_min(0)
+    segment_ids = pad([torch.full_like(s.input_ids, i) for row in packed for i, s in enumerate(row, 1)], 0)
+    mask = (segment_ids > 0).long()
+    if len(samples) > len(packed):
+        positions = pad([torch.arange(len(s.input_ids)) for s in samples], 0)
+    else:
+        right = side is PadSide.right
+        positions = torch.arange(longest).expand_as(mask) if right else (mask.cumsum(1) - 1).clamp_min(0)
     return MultimodalBatch(
         input_ids=pad([s.input_ids for s in samples], pad_id),
-        labels=pad([s.labels for s in samples], IGNORE_INDEX),
+        labels=pad([_learned(s, i) for row in packed for i, s in enumerate(row)], IGNORE_INDEX),
         attention_mask=mask.bool(),
         position_ids=positions.contiguous(),
         views=torch.cat(views),
@@ -169,5 +238,17 @@ def collate(
         group_rows=torch.cat(parts["group_rows"], dim=1),
         vit_rows=torch.cat(parts["vit_rows"], dim=1),
         keys=[s.key for s in samples],
-        cut=sum(s.cut for s in samples),
+        sources=[s.source for s in samples],
+        cuts=[s.cut for s in samples],
+        refused=[s.refused for s in samples],
+        segment_ids=segment_ids,
+    )
+
+
+def _learned(sample: Sample, place: int) -> Int[Tensor, " t"]:
+    """The labels of the segment at ``place`` in its row."""
+    return (
+        sample.labels
+        if place == 0
+        else torch.cat([torch.full_like(sample.labels[:1], IGNORE_INDEX), sample.labels[1:]])
     )

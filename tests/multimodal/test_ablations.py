@@ -143,14 +143,36 @@ def test_a_sample_cut_in_the_middle_of_an_image_equals_the_oracle_cut_there(
         for field in ("input_ids", "labels", "token_index"):
             assert torch.equal(getattr(each, field), getattr(whole, field)[:max_length])
     batch = collated(model, cut, side)
-    assert batch.cut == sum(s.cut for s in cut)
+    assert batch.cuts == [s.cut for s in cut]
     with torch.no_grad():
         found = model(**batch.model_inputs()).logits[batch.attention_mask]
         assert_close_for_its_size(found, slowly(model, LONG_ROWS, max_length))
 
 
+@pytest.mark.parametrize("name", ["hd", "string_withglobal", "channels", "hd_and_v", "hires_local"])
+@pytest.mark.parametrize("max_length", [3, 10, 25, 40, 60, 100])
+def test_where_text_alone_is_cut_images_stay_whole_and_the_rest_equals_the_oracle(name: str, max_length: int) -> None:
+    model = model_of(ARMS[name])
+    cut, full = samples_of(model, LONG_ROWS, max_length, TooLong.cut_text), samples_of(model, LONG_ROWS)
+    for each, whole, (_, images) in zip(cut, full, LONG_ROWS, strict=True):
+        kept = len(each.input_ids)
+        assert kept + each.cut == len(whole.input_ids)
+        assert kept <= max_length
+        assert torch.equal(each.input_ids, whole.input_ids[:kept])
+        assert (each.token_index >= 0).sum() == len(each.sequence_rows), "an image is there whole or not at all"
+        assert each.images <= len(images)
+        if kept < max_length and each.cut:
+            assert whole.token_index[kept] >= 0, "less than max_length is left only where an image did not fit"
+    with torch.no_grad():
+        found = model(**collated(model, cut).model_inputs()).logits
+        for row, whole, each in zip(found, full, cut, strict=True):
+            length = len(each.input_ids)
+            alone = model(**collated(model, [whole]).model_inputs()).logits[0, :length]
+            assert_close_for_its_size(row[:length], alone)
+
+
 def test_a_sample_that_is_too_long_is_refused_by_name_with_the_remedy_unless_cutting_was_asked_for() -> None:
-    told = r"sample 'row 1': \d+ positions, \d+ of them visual, but llm.max_length is 40.*llm.too_long=cut"
+    told = r"sample 'row 1': \d+ positions, \d+ of them visual, but llm.max_length is 40.*llm.too_long=cut_text"
     with pytest.raises(ValueError, match=told):
         samples_of(model_of(ARMS["hd"]), LONG_ROWS, 40)
 

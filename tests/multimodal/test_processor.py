@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,7 +6,8 @@ import pytest
 import torch
 from tiny import PLANS, picture, tiny_llm, tiny_vision
 
-from deepstack_pl.batch import IGNORE_INDEX, PadSide, Record, Role, Turn
+from deepstack_pl.batch import IGNORE_INDEX, PadSide, Reason, Record, Refused, Role, Turn
+from deepstack_pl.language.config import TooLong
 from deepstack_pl.language.conversation import load_tokenizer
 from deepstack_pl.multimodal.build import build_model
 from deepstack_pl.multimodal.config import ProjectorConfig, build_plan
@@ -19,13 +21,16 @@ def llm():
     return replace(values, architecture=values.architecture | {"vocab_size": 512})
 
 
-def processor(plan: ModelConfig = PLANS["deepstack_l"], max_length: int = 256) -> DeepStackProcessor:
+def processor(
+    plan: ModelConfig = PLANS["deepstack_l"], max_length: int = 256, too_long: TooLong = TooLong.cut_text
+) -> DeepStackProcessor:
     return DeepStackProcessor(
         load_tokenizer(None),
         plan=build_plan(plan, llm(), tiny_vision()),
         vision=tiny_vision(),
         template="shipped",
         max_length=max_length,
+        too_long=too_long,
     )
 
 
@@ -71,7 +76,42 @@ def test_a_sample_longer_than_the_limit_is_refused_with_both_numbers() -> None:
     with pytest.raises(
         ValueError, match=r"sample 'page 7': \d+ positions, 16 of them visual, but llm.max_length is 20"
     ):
-        processor(max_length=20).prepare(record("<image>\nName the colours in reading order."))
+        processor(max_length=20, too_long=TooLong.refuse).prepare(record("<image>\nName the colours in order."))
+
+
+def test_a_long_answer_is_cut_at_its_end_and_one_of_which_nothing_is_left_is_refused() -> None:
+    whole = processor().prepare(record("<image>", "red blue green"))
+    cut = processor(max_length=len(whole.labels) - 2).prepare(record("<image>", "red blue green"))
+    assert (cut.cut, cut.labels.tolist()) == (2, whole.labels[:-2].tolist())
+    with pytest.raises(Refused, match=r"'page 7': \d+ positions, and nothing to learn is left.*max_length=18") as error:
+        processor(max_length=18).prepare(record("<image>", "red blue green"))
+    assert error.value.reason is Reason.too_long
+
+
+def test_a_refusal_travels_between_processes_with_its_reason() -> None:
+    copy = pickle.loads(pickle.dumps(Refused(Reason.image, "page 7: cannot be read.")))
+    assert (type(copy), copy.reason, str(copy)) == (Refused, Reason.image, "page 7: cannot be read.")
+
+
+@pytest.mark.parametrize("name", ["baseline", "deepstack_l", "long_context"])
+def test_positions_are_those_of_the_sample(name: str) -> None:
+    made = processor(PLANS[name])
+    for text, images in (("<image> and <image>", 2), ("<image>", 1), ("no image", 0)):
+        asked = record(text, images=images)
+        assert made.positions(asked.turns, [image.size for image in asked.images]) == len(made.prepare(asked).labels)
+
+
+def test_a_blank_row_counts_nothing_beside_others_and_alone() -> None:
+    made = processor()
+    model, sample = model_for(made), made.prepare(record("<image>"))
+    refused = made.blank("page 8", "coco", (Reason.image, "page 8: cannot be read."))
+    together, alone = made.collate([sample, refused]), made.collate([sample])
+    assert together.refused == [None, (Reason.image, "page 8: cannot be read.")]
+    assert (together.keys, together.sources) == (["page 7", "page 8"], ["", "coco"])
+    with torch.no_grad():
+        losses = [model(**batch.model_inputs()).loss for batch in (together, alone)]
+        torch.testing.assert_close(*losses)
+        assert torch.isfinite(model(**made.collate([refused, made.blank()]).model_inputs()).logits).all()
 
 
 def test_a_conversation_that_cannot_be_written_is_refused_by_key() -> None:

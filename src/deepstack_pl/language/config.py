@@ -22,10 +22,11 @@ class Attention(Enum):
 
 
 class TooLong(Enum):
-    """What becomes of a training sample longer than ``max_length``."""
+    """What becomes of a training sample longer than ``max_length``. What is cut stands in the run's ledger."""
 
-    refuse = "refuse"  # the run stops and names it
-    cut = "cut"  # from the right, in the middle of an image too, as published; what is cut is counted in the log
+    cut_text = "cut_text"  # from the right; an image that does not fit goes whole, with what follows it
+    refuse = "refuse"  # nothing of it is trained on: see data.max_refused
+    cut = "cut"  # from the right, in the middle of an image too, as published
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,7 +40,7 @@ class LLMConfig:
     init: LLMInit = LLMInit.random
     template: str = "shipped"  # a name in language.conversation.TEMPLATES
     max_length: int = 2048  # positions, image tokens included
-    too_long: TooLong = TooLong.refuse
+    too_long: TooLong = TooLong.cut_text
     attention: Attention = Attention.sdpa
     architecture: dict[str, Any] = field(default_factory=dict)
 

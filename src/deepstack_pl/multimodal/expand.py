@@ -10,12 +10,12 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from deepstack_pl.batch import IGNORE_INDEX, Sample
+from deepstack_pl.batch import IGNORE_INDEX, Reason, Refused, Sample
 from deepstack_pl.language.config import TooLong
 from deepstack_pl.stacking.config import Host
 from deepstack_pl.stacking.mosaic import ImageTables, image_tables
 from deepstack_pl.stacking.plan import Plan
-from deepstack_pl.vision.config import VisionConfig
+from deepstack_pl.vision.config import ViewsBackend, VisionConfig
 from deepstack_pl.vision.views import no_views, views_of
 
 
@@ -30,41 +30,52 @@ def make_sample(
     image_token_id: int,
     max_length: int,
     too_long: TooLong = TooLong.refuse,
+    backend: ViewsBackend = ViewsBackend.pil,
 ) -> Sample:
     """Expand each placeholder to the positions its image takes, and say which token goes where.
 
-    A sample that is cut keeps the slots of all its images: positions beyond the cut are what is missing.
+    A sample that is cut as published keeps the slots of all its images: positions beyond the cut are what is missing.
+    Where only text is cut, an image that does not fit in whole is left out with all that follows it.
 
     Raises:
-        ValueError: placeholders and images differ in number, or the sample is longer than ``max_length`` positions and
+        Refused: placeholders and images differ in number, or the sample is longer than ``max_length`` positions and
             must not be cut.
     """
     placeholders = sum(token == image_token_id for token in ids)
     if placeholders != len(images):
-        raise ValueError(
+        raise Refused(
+            Reason.conversation,
             f"sample {key!r}: the text holds {placeholders} image placeholders, but {len(images)} images were given. "
-            "Each placeholder (<image>) needs one image, in order."
+            "Each placeholder (<image>) needs one image, in order.",
         )
-    cut = [views_of(image, plan, vision) for image in images]
+    cut = [views_of(image, plan, vision, backend) for image in images]
     tables = [image_tables(plan, grid, vision.patches_per_side) for _, grid in cut]
     token_ids, token_labels, index = _expand(ids, labels, image_token_id, tables)
-    cut_off = max(0, len(token_ids) - max_length)
+    kept = min(len(token_ids), max_length)
+    cut_off = len(token_ids) - kept
     if cut_off and too_long is TooLong.refuse:
-        raise ValueError(
+        raise Refused(
+            Reason.too_long,
             f"sample {key!r}: {len(token_ids)} positions, {int((index >= 0).sum())} of them visual, but llm.max_length "
-            f"is {max_length}. Nothing is cut in silence: raise llm.max_length, shorten or leave out the sample, or "
-            "say llm.too_long=cut, which counts what it cuts."
+            f"is {max_length}. Raise llm.max_length, shorten or leave out the sample, or say llm.too_long=cut_text.",
         )
+    if cut_off and too_long is TooLong.cut_text:
+        whole, kept = _whole_images(index, tables, kept)
+        cut_off = len(token_ids) - kept
+        cut, tables = cut[:whole], tables[:whole]
     views = [v[:1] for v, _ in cut] + [v[1:] for v, _ in cut]
+    rows = _rows(plan, vision, [len(v) for v, _ in cut], tables)
     return Sample(
         key=key,
-        input_ids=token_ids[:max_length],
-        labels=token_labels[:max_length],
+        input_ids=token_ids[:kept],
+        labels=token_labels[:kept],
         views=torch.cat(views) if views else no_views(vision),
         images=len(cut),
-        token_index=index[:max_length],
+        token_index=index[:kept],
+        sequence_rows=rows["sequence_rows"],
+        group_rows=rows["group_rows"],
+        vit_rows=rows["vit_rows"],
         cut=cut_off,
-        **_rows(plan, vision, [len(v) for v, _ in cut], tables),
     )
 
 
@@ -88,6 +99,17 @@ def _expand(
         index += range(slot, slot + slots)
         slot, image = slot + slots, image + 1
     return torch.tensor(token_ids), torch.tensor(token_labels), torch.tensor(index)
+
+
+def _whole_images(index: Int[Tensor, " t"], tables: list[ImageTables], kept: int) -> tuple[int, int]:
+    """How many images lie whole within the first ``kept`` positions, and how many positions are left with those."""
+    slots = 0
+    for image, table in enumerate(tables):
+        slots += len(table.sequence)
+        if int((index[:kept] >= 0).sum()) < slots:
+            first = slots - len(table.sequence)
+            return image, min(kept, int((index == first).nonzero()[0]))
+    return len(tables), kept
 
 
 def _rows(plan: Plan, vision: VisionConfig, views: list[int], tables: list[ImageTables]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from math import isqrt
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Cache, GenerationMixin
 from transformers import PreTrainedModel as HFModel
@@ -111,7 +111,7 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
         input_ids: Int[Tensor, "b t"],
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "b t"] | None = None,
-        views: Float[Tensor, "v 3 s s"] | None = None,
+        views: UInt8[Tensor, "v 3 s s"] | Float[Tensor, "v 3 s s"] | None = None,
         token_index: Int[Tensor, "b t"] | None = None,
         sequence_rows: Int[Tensor, " n"] | None = None,
         group_rows: Int[Tensor, "g n"] | None = None,
@@ -123,6 +123,8 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
         **kwargs: Any,
     ) -> DeepStackOutput:
         """One pass; the visual arguments come together, from a `batch.MultimodalBatch`, or not at all.
+
+        Float ``views`` are taken as normalised already; the processor's are uint8.
 
         Raises:
             ValueError: some of the visual arguments are missing, or placeholders stand without an image.
@@ -166,13 +168,15 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
         )
 
     def encode(
-        self, views: Float[Tensor, "v 3 s s"], vit_rows: Int[Tensor, "h m"], traces: list[InjectionTrace] | None = None
+        self,
+        views: UInt8[Tensor, "v 3 s s"] | Float[Tensor, "v 3 s s"],
+        vit_rows: Int[Tensor, "h m"],
+        traces: list[InjectionTrace] | None = None,
     ) -> Float[Tensor, "rows d"]:
         """Tokens of every view that reaches the feature: one tower call a step, projected before dealing, then pooled.
 
         Where groups stand side by side in the channels, they are dealt first and projected together.
         """
-        views = views.to(self.vision_tower.tower.dtype)
         tokens = self.vision_tower(views, vit_rows, self._scales(Host.vit), traces)
         if isinstance(self.projector, TwoProjectors):
             tokens = self.projector(tokens, vit_rows.shape[1] // tokens.shape[1])

@@ -2,6 +2,7 @@
 notebooks share it.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,18 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch, PadSide, Record, Role, Sample, Turn, collate
+from deepstack_pl.batch import (
+    IGNORE_INDEX,
+    MultimodalBatch,
+    PadSide,
+    Reason,
+    Record,
+    Refused,
+    Role,
+    Sample,
+    Turn,
+    collate,
+)
 from deepstack_pl.language.config import TooLong
 from deepstack_pl.language.conversation import (
     TEMPLATES,
@@ -21,12 +33,16 @@ from deepstack_pl.language.conversation import (
 )
 from deepstack_pl.multimodal.configuration import DeepStackConfig
 from deepstack_pl.multimodal.expand import make_sample
+from deepstack_pl.stacking.mosaic import ImageTables, best_grid, image_tables
 from deepstack_pl.stacking.plan import Plan
-from deepstack_pl.vision.config import VisionConfig
+from deepstack_pl.vision.config import ViewsBackend, VisionConfig
 
 
 class DeepStackProcessor:
-    """Makes samples under one plan, for one tower and one tokenizer."""
+    """Makes samples under one plan, for one tower and one tokenizer.
+
+    ``backend`` is what resizes images; it is the machine's choice and not saved with a model.
+    """
 
     def __init__(
         self,
@@ -36,7 +52,8 @@ class DeepStackProcessor:
         vision: VisionConfig,
         template: str,
         max_length: int,
-        too_long: TooLong = TooLong.refuse,
+        too_long: TooLong = TooLong.cut_text,
+        backend: ViewsBackend = ViewsBackend.pil,
     ) -> None:
         if template not in TEMPLATES:
             raise ValueError(f"llm.template={template}: no such template. There are {', '.join(sorted(TEMPLATES))}.")
@@ -46,6 +63,7 @@ class DeepStackProcessor:
         self.template = TEMPLATES[template]
         self.max_length = max_length
         self.too_long = too_long
+        self.backend = backend
         self.image_token_id = image_token_id(tokenizer)
 
     @property
@@ -71,19 +89,51 @@ class DeepStackProcessor:
         save_tokenizer(self.tokenizer, folder)
 
     def prepare(self, record: Record) -> Sample:
-        """A training sample: the whole conversation, answers supervised. One whose answers are cut away teaches nothing
-        and is counted, as its positions are.
+        """A training sample: the whole conversation, answers supervised.
 
         Raises:
-            ValueError: placeholders and images differ in number, nothing is supervised, or it is too long.
+            Refused: placeholders and images differ in number, nothing is supervised (``llm.too_long=cut`` alone lets a
+                sample pass that a cut left without labels, as published), or it is too long.
         """
         try:
             encoded = encode(record.turns, self.template, self.tokenizer)
         except ValueError as error:
-            raise ValueError(f"sample {record.key!r}: {error}") from error
+            raise Refused(Reason.conversation, f"sample {record.key!r}: {error}") from error
         sample = self._sample(record, encoded.input_ids, encoded.labels, self.too_long)
-        if not sample.cut and bool((sample.labels[1:] == IGNORE_INDEX).all()):
-            raise ValueError(f"sample {record.key!r}: no token is supervised. Give it an answer, or leave it out.")
+        if bool((sample.labels[1:] == IGNORE_INDEX).all()) and not (sample.cut and self.too_long is TooLong.cut):
+            raise Refused(*self._nothing_to_learn(sample))
+        return sample
+
+    def positions(self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]]) -> int:
+        """The positions of a training sample with images of these sizes (width, height), before anything is cut.
+
+        Raises:
+            Refused: its turns cannot be encoded.
+        """
+        try:
+            ids = encode(turns, self.template, self.tokenizer).input_ids
+        except ValueError as error:
+            raise Refused(Reason.conversation, str(error)) from error
+        images = sum(len(self._tables(size).sequence) for size in sizes)
+        return len(ids) - sum(token == self.image_token_id for token in ids) + images
+
+    @property
+    def positions_digest(self) -> str:
+        """SHA-256 of all that `positions` depends on."""
+        parts = (
+            self.tokenizer.backend_tokenizer.to_str(),
+            repr(self.template),
+            self.plan.digest,
+            f"{self.vision.image_size} {self.vision.patch_size}",
+        )
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def blank(self, key: str = "", source: str = "", refused: tuple[Reason, str] | None = None) -> Sample:
+        """A row that counts nothing: in place of a sample that is refused, or (key "") to fill a batch."""
+        pad = self.tokenizer.pad_token_id
+        record = Record(key=key, turns=(), images=(), source=source)
+        sample = self._sample(record, [pad if isinstance(pad, int) else 0], [IGNORE_INDEX], TooLong.refuse)
+        sample.refused = refused
         return sample
 
     def prompt(self, record: Record) -> Sample:
@@ -102,7 +152,7 @@ class DeepStackProcessor:
             )
         return sample
 
-    def collate(self, samples: Sequence[Sample], side: PadSide = PadSide.right) -> MultimodalBatch:
+    def collate(self, samples: Sequence[Sample | Sequence[Sample]], side: PadSide = PadSide.right) -> MultimodalBatch:
         pad = self.tokenizer.pad_token_id
         pad_id = pad if isinstance(pad, int) else 0  # never attended to, never learned
         return collate(
@@ -138,8 +188,23 @@ class DeepStackProcessor:
         """Text of generated ids, special tokens left out."""
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
+    def _tables(self, size: tuple[int, int]) -> ImageTables:
+        """What an image of ``size`` becomes."""
+        plan, vision = self.plan, self.vision
+        grid = best_grid(*size, tile=vision.image_size, tiles=plan.tiles, rule=plan.grid) if plan.tiles else None
+        return image_tables(plan, grid, vision.patches_per_side)
+
+    def _nothing_to_learn(self, sample: Sample) -> tuple[Reason, str]:
+        if not sample.cut:
+            says = f"sample {sample.key!r}: no token is supervised. Give it an answer, or leave it out."
+            return Reason.conversation, says
+        return Reason.too_long, (
+            f"sample {sample.key!r}: {len(sample.input_ids) + sample.cut} positions, and nothing to learn is left of "
+            f"it within llm.max_length={self.max_length}. Raise llm.max_length, or shorten it."
+        )
+
     def _sample(self, record: Record, ids: list[int], labels: list[int], too_long: TooLong) -> Sample:
-        return make_sample(
+        sample = make_sample(
             record.key,
             ids,
             labels,
@@ -149,7 +214,10 @@ class DeepStackProcessor:
             image_token_id=self.image_token_id,
             max_length=self.max_length,
             too_long=too_long,
+            backend=self.backend,
         )
+        sample.source = record.source
+        return sample
 
 
 def generation_inputs(batch: MultimodalBatch) -> dict[str, Tensor]:
