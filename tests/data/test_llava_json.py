@@ -70,7 +70,8 @@ def test_llava_json_holds_out_the_same_records_every_time(
         (said("<image>", "a", image="../my.json"), r"my\.json:1: image \.\./my\.json leaves the image folder"),
         (said("<image>", "a", image="/etc/passwd"), "leaves the image folder"),
         (said("<image>", "a", image=7), "image is 7"),
-        (said("<image><image>", "a", image="a.png"), r"my\.json:1: 2 <image> placeholders in the text, but 1 images"),
+        (said("<image>", "a", "<image>", "b", image="a.png"), r"my\.json:1: 2 <image> placeholders in the text, but 1"),
+        (said("Hello", "Hi", score=float("nan")), r"my\.json:1: holds NaN, which is no JSON"),
     ],
 )
 def test_llava_json_is_checked_when_it_is_opened(tmp_path: Path, record: dict, message: str) -> None:
@@ -100,7 +101,7 @@ def test_what_is_missing_is_named_with_the_remedy(tmp_path: Path) -> None:
     refused(r"nowhere\.json is not there", path=str(tmp_path / "nowhere.json"))
     refused(r"data\.images=.*nowhere is no folder", images=str(tmp_path / "nowhere"))
     refused(r"Say data\.images=FOLDER", images=None)
-    refused(r"a\.png is no JSON", path=str(tmp_path / "images/a.png"))
+    refused(r"a\.png is not a list of records, at least one: it is not UTF-8", path=str(tmp_path / "images/a.png"))
     (tmp_path / "empty.json").write_text("[]")
     refused(r"is not a list of records, at least one", path=str(tmp_path / "empty.json"))
     refused(r"train is not there\. .*<data\.root>/train/\*\.tar", source=Kind.shards, root=str(tmp_path / "nowhere"))
@@ -201,3 +202,25 @@ def test_an_edited_answer_changes_the_fingerprint(tmp_path: Path) -> None:
     file = tmp_path / "my.json"
     file.write_bytes(file.read_bytes().replace(b'"a"', b'"b"', 1))
     assert opened(config)[0].fingerprint != before
+
+
+def test_columns_and_outlines_of_llava_json_are_those_of_its_rows(tmp_path: Path) -> None:
+    config = write_json(
+        tmp_path,
+        [
+            said("<image>\nWhat?", "a", image="sub/b.jpg"),
+            said("<image> or <image>?", "b", image=["a.png", "sub/b.jpg"]),
+            said("Hello", "Hi", model=""),
+        ],
+    )
+    Image.new("RGB", (7, 3)).save(tmp_path / "images/sub/b.jpg")
+    assert config.path is not None
+    source = LlavaJsonSource(Path(config.path), tmp_path / "images").subset([2, 0, 1])
+    columns = source.columns
+    assert columns.images.tolist() == [0, 1, 2]
+    assert columns.text.tolist() == [7, 14, 20]
+    assert list(zip(columns.width.tolist(), columns.height.tolist(), strict=True)) == [(0, 0), (7, 3), (4, 4)]
+    assert [columns.sources[place] for place in columns.source] == ["text", "sub", ""]
+    assert [source[i].source for i in range(3)] == ["text", "sub", ""]
+    assert source.outline(2).sizes == ((4, 4), (7, 3))
+    assert source.outline(2).key == source.key(2) == "my.json:1"

@@ -2,18 +2,19 @@
 
 import io
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from deepstack_pl.batch import Role, Turn
+from deepstack_pl.batch import Refused, Role, Turn
 from deepstack_pl.data import images as pictures
-from deepstack_pl.data.config import DataConfig, FinePrintConfig
+from deepstack_pl.data.config import DataConfig, FinePrintConfig, MixtureEntry
 from deepstack_pl.data.config import Source as Kind
 from deepstack_pl.data.images import decode_image
-from deepstack_pl.data.llava import record_from_llava
+from deepstack_pl.data.index import sidecar
 from deepstack_pl.data.shards import ShardWriter, file_sha256
 from deepstack_pl.data.sources import ShardSource, open_sources
 
@@ -31,54 +32,6 @@ def said(*turns: str, **more: object) -> dict:
     speakers = ("human", "gpt")
     conversation = [{"from": speakers[i % 2], "value": text} for i, text in enumerate(turns)]
     return {"id": "x", "conversations": conversation, **more}
-
-
-def test_a_record_keeps_turns_images_kind_and_facts() -> None:
-    values = said("<image>\nWhat?", "a b", kind="fine", facts=["a", "b"])
-    record = record_from_llava(values, [RED], "k")
-    assert record.turns == (Turn(Role.user, "<image>\nWhat?"), Turn(Role.assistant, "a b"))
-    assert (record.key, record.kind, record.facts, record.images) == ("k", "fine", ("a", "b"), (RED,))
-
-
-def test_without_facts_the_last_answer_is_the_fact() -> None:
-    record = record_from_llava(said("Hello", "Hi", "And?", "Well."), [], "k")
-    assert (record.kind, record.facts) == ("answer", ("Well.",))
-
-
-def test_a_leading_answer_is_dropped() -> None:
-    values = said("Hello", "Hi")
-    values["conversations"].insert(0, {"from": "gpt", "value": "Welcome."})
-    assert [turn.text for turn in record_from_llava(values, [], "k").turns] == ["Hello", "Hi"]
-
-
-@pytest.mark.parametrize(
-    ("values", "images", "message"),
-    [
-        (said("<image><image>", "a"), 1, r"^k: 2 <image> placeholders in the text, but 1 images\. Write one"),
-        (said("What?", "a"), 1, "0 <image> placeholders in the text, but 1 images"),
-        (said("What is <image>?", "a"), 0, "1 <image> placeholders in the text, but 0 images"),
-        (said(), 0, "an empty conversation"),
-        (said("What?"), 0, "last answer is missing"),
-        (said("What?", "a", "And?"), 0, "last answer is missing"),
-        (said("What?", "  "), 0, "last answer is missing"),
-        (
-            said("What?", "<image> a"),
-            1,
-            r"^k: turn 1, an answer, holds <image>: .*Move the placeholder to the question",
-        ),
-        (said("<image>", "a", "And?", "<image>"), 1, "^k: turn 3, an answer, holds <image>"),
-        ({"conversations": [{"from": "gpt", "value": "a"}]}, 0, "an empty conversation"),
-        ({"conversations": said("a")["conversations"] * 2}, 0, "two turns in a row"),
-        ({"conversations": [{"from": "system", "value": "a"}]}, 0, "turn 0 is from 'system'"),
-        ({"conversations": [{"from": "human", "value": 3}]}, 0, "turn 0 has no text"),
-        ({"text": "a"}, 0, "no list of"),
-        ([], 0, "no list of"),
-        (said("What?", "a", facts="a"), 0, "a list of strings"),
-    ],
-)
-def test_a_malformed_record_is_refused_by_key(values: dict, images: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        record_from_llava(values, [RED] * images, "k")
 
 
 def test_transparency_becomes_white_and_sixteen_bits_keep_their_range() -> None:
@@ -171,8 +124,11 @@ def test_a_shard_edited_to_equal_length_is_refused_with_both_digests(tmp_path: P
         ShardSource(tmp_path)
     assert f"sha256 {file_sha256(shard)[:12]}..." in str(error.value)
     assert f"lists it with {before[:12]}..." in str(error.value)
-    assert str(error.value).endswith("if you changed them on purpose, remove the manifest.")
+    assert str(error.value).endswith("if you changed them on purpose, remove their .index.npz and the manifest.")
     (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"shard-000001\.tar has sha256 .* but .*shard-000001\.index\.npz lists it"):
+        ShardSource(tmp_path)
+    sidecar(shard).unlink()
     edited = ShardSource(tmp_path)
     assert edited[4].facts == ("7",)
     assert edited.fingerprint != first.fingerprint
@@ -218,9 +174,47 @@ def test_a_stray_shard_beside_a_manifest_is_refused(tmp_path: Path) -> None:
 
 
 def test_members_that_are_not_read_are_counted(tmp_path: Path) -> None:
-    source = write_shards(tmp_path)
-    source._entries[0][1].members["txt"] = (0, 0)
-    assert source.describe().endswith("members that are not read: 1 .txt")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in (("a.json", b"{}"), ("a.png", encoded(RED)), ("a.txt", b"1"), ("a.seg.png", b"2")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    source = ShardSource(tmp_path)
+    assert source.describe().endswith("members that are not read: 1 .seg.png, 1 .txt")
+    assert source.columns.images.tolist() == [1]
+
+
+def test_an_outline_has_turns_and_sizes_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, high = Image.new("RGB", (9, 4)), Image.new("RGB", (3, 7))
+    with ShardWriter(tmp_path / "val") as writer:
+        writer.write(said("<image> or <image>?", "The first."), [encoded(wide), encoded(high, "JPEG")])
+        writer.write(said("Hello", "Hi"))
+        writer.write(said("<image>", "A"), [encoded(RED)[:40]])
+        writer.write(said("No placeholder", "A"), [encoded(RED)])
+    source = ShardSource(tmp_path / "val")
+    monkeypatch.setattr("deepstack_pl.data.sources.decode_image", None)
+    outline = source.outline(0)
+    assert outline.key == source.key(0) == "val/shard-000000.tar:000000000"
+    assert outline.turns == (Turn(Role.user, "<image> or <image>?"), Turn(Role.assistant, "The first."))
+    assert outline.sizes == ((9, 4), (3, 7))
+    assert source.outline(1).sizes == ()
+    for sample in (2, 3):
+        with pytest.raises(Refused, match=rf"^val/shard-000000\.tar:00000000{sample}"):
+            source.outline(sample)
+
+
+def test_columns_say_what_every_sample_is(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, max_samples=2) as writer:
+        writer.write(said("<image>", "12345", image="gqa/images/1.jpg"), [encoded(Image.new("RGB", (9, 4)))])
+        writer.write(said("1", "2", "3", "4"))
+        writer.write(said("<image>", "a", image="00012/1.jpg"), [encoded(RED)[:40]])
+    columns = ShardSource(tmp_path, "lcs558k").columns
+    assert columns.images.tolist() == [1, 0, 1]
+    assert columns.text.tolist() == [12, 4, 8]
+    assert list(zip(columns.width.tolist(), columns.height.tolist(), strict=True)) == [(9, 4), (0, 0), (0, 0)]
+    assert [columns.sources[place] for place in columns.source] == ["gqa", "text", "lcs558k"]
+    assert ShardSource(tmp_path, "lcs558k")[0].source == "gqa"
+    assert all(getattr(columns, name).dtype == np.int64 for name in ("images", "text", "width", "height", "source"))
 
 
 def test_open_sources_writes_fine_print_once_and_opens_it_as_shards(tmp_path: Path) -> None:
@@ -230,3 +224,22 @@ def test_open_sources_writes_fine_print_once_and_opens_it_as_shards(tmp_path: Pa
     (folder,) = tmp_path.iterdir()
     shards, _ = open_sources(DataConfig(source=Kind.shards, root=str(folder)))
     assert shards.fingerprint == train.fingerprint
+
+
+def test_a_mixture_validates_on_its_root_or_on_its_first_set(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        for split, samples in (("train", 4), ("val", 2)):
+            write_shards(tmp_path / name / split, samples)
+    write_shards(tmp_path / "c/val", samples=1)
+    mixture = [MixtureEntry(root=str(tmp_path / name)) for name in ("a", "b")]
+    train, val = open_sources(DataConfig(source=Kind.shards, mixture=mixture, root=str(tmp_path)))
+    assert (len(train), len(val)) == (8, 2)
+    _, val = open_sources(DataConfig(source=Kind.shards, mixture=mixture, root=str(tmp_path / "c")))
+    assert len(val) == 1
+
+
+def test_a_number_that_no_sample_has_is_an_error(tmp_path: Path) -> None:
+    source = write_shards(tmp_path)
+    for number in (-1, 5):
+        with pytest.raises(IndexError, match=f"sample {number} of 5"):
+            source[number]

@@ -1,15 +1,56 @@
 """Which samples, from where, in what batches. Loads without torch."""
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
+
+from deepstack_pl.vision.config import ViewsBackend
 
 
 class Source(Enum):
     """Where samples come from."""
 
     fine_print = "fine_print"  # the synthetic set, written to shards once
-    shards = "shards"  # WebDataset tars: image and json in LLaVA's conversation format
-    llava_json = "llava_json"  # one LLaVA-format JSON file and a folder of images
+    shards = "shards"  # WebDataset tars: root/train/*.tar and root/val/*.tar, image and json in LLaVA's format
+    llava_json = "llava_json"  # one LLaVA-format JSON file and a folder of images, read as they lie
+    corpus = "corpus"  # shards that `deepstack shards build` made of a LLaVA-format JSON file and images
+
+
+class StreamKind(Enum):
+    """How shards are read."""
+
+    indexed = "indexed"  # random access through an index: an exact order, exact resume, every sample once an epoch
+    webdataset = "webdataset"  # the library's own pipeline, for remote shards without an index; none of these
+
+
+class Shuffle(Enum):
+    """How far from its neighbours on disk a sample may travel in an epoch."""
+
+    full = "full"  # any sample anywhere: for local disks
+    blocks = "blocks"  # blocks of neighbours change places, then samples within a window: few shards at a time
+
+
+class Batching(Enum):
+    """What shares a batch."""
+
+    samples = "samples"  # as they come
+    modality_length = "modality_length"  # LLaVA's: images with images, text with text, like lengths together
+    token_budget = "token_budget"  # each micro-batch: as many samples as fit into token_budget positions, padded
+    packed = "packed"  # each row: samples that together fill llm.max_length positions
+
+
+class Remainder(Enum):
+    """What becomes of the samples that do not fill an epoch's last batch."""
+
+    pad = "pad"  # the batch is filled with rows that count nothing
+    drop = "drop"  # they are left out of that epoch, and it is said
+
+
+class OnMissing(Enum):
+    """`shards build`: what becomes of a record that cannot be taken."""
+
+    error = "error"  # nothing is built; all of them are listed
+    skip = "skip"  # it is left out, and listed in the report
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,13 +96,120 @@ class FinePrintConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ExpectedConfig:
+    """What the published files of a corpus hold; `shards build` compares and says it."""
+
+    records: int | None = None
+    text_only: int | None = None
+    sources: dict[str, int] = field(default_factory=dict)  # records by the source that `llava.source_of` names
+
+
+@dataclass(kw_only=True, slots=True)
+class MixtureEntry:
+    """One of several sets of shards that are trained on together; give ``repeat`` or, in all entries, ``weight``."""
+
+    root: str = "???"  # a folder, local or remote, with train/*.tar
+    name: str | None = None  # in logs; default: the folder's
+    repeat: int = 1  # times an epoch holds each of its samples
+    weight: float | None = None  # share of an epoch, drawn by seed and epoch
+    take: str = "all"  # all, first:N, end:N, random:N; N a number of samples or a share such as 10%
+
+
+@dataclass(kw_only=True, slots=True)
+class ViewsConfig:
+    """How images become views."""
+
+    backend: ViewsBackend = ViewsBackend.pil
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     name: str = "???"
     source: Source = Source.fine_print
-    root: str = "data"  # folder of what is built or downloaded; shards: the folder with train/ and val/
-    path: str | None = None  # llava_json: the JSON file
-    images: str | None = None  # llava_json: the folder that the records' image paths start from
-    val_samples: int = 256  # llava_json: about so many records held out for validation, drawn by seed; no image in both
-    batch_size: int = 64
+    root: str = "data"  # folder of what is built or downloaded; shards: the folder, or URL, with train/ and val/
+    path: str | None = None  # llava_json: the JSON file; corpus: the same, under root
+    images: str | None = None  # the folder that the records' image paths start from; corpus: under root
+    shards: str | None = None  # corpus: where its shards are; default ROOT/shards/NAME
+    expected: ExpectedConfig = field(default_factory=ExpectedConfig)
+    val_samples: int = 256  # llava_json, corpus: about so many records held out, drawn by seed; no image in both
+    mixture: list[MixtureEntry] = field(default_factory=list)  # shards: trained on instead of root/train
+
+    stream: StreamKind = StreamKind.indexed
+    urls: str | None = None  # stream=webdataset: training shards, such as https://host/shard-{000000..000053}.tar
+    shuffle: Shuffle = Shuffle.full
+    block: int = 128  # shuffle=blocks: neighbours that stay together
+    window: int = 4096  # shuffle=blocks, batching=token_budget and packed: samples that are planned together
+    cache: str = "data/cache"  # where remote shards are kept
+    cache_gb: float = 100.0  # and how many gigabytes of them
+
+    batch_size: int = 64  # units in one optimiser step, over all processes: samples, micro-batches, or packed rows
+    micro_batch_size: int | None = None  # units in one forward of one process; default: its share, or 1 micro-batch
+    batching: Batching = Batching.samples
+    token_budget: int = 16384  # batching=token_budget: positions of one micro-batch, padding included
+    remainder: Remainder = Remainder.pad
     workers: int = 1
+
+    max_refused: float = 0.0  # share of an epoch's samples that may be unreadable or untrainable before the run stops
+    max_cut: float = 0.05  # share that may be cut because they are too long
+    views: ViewsConfig = field(default_factory=ViewsConfig)
     fine_print: FinePrintConfig = field(default_factory=FinePrintConfig)
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("batch_size", self.batch_size, 1),
+            ("block", self.block, 1),
+            ("window", self.window, 1),
+            ("token_budget", self.token_budget, 1),
+            ("workers", self.workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"data.{name}={value}: use {least} or more.")
+        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
+            raise ValueError(
+                f"data.micro_batch_size={self.micro_batch_size} does not divide data.batch_size={self.batch_size}: "
+                "a step is so many whole micro-batches. Choose a divisor."
+            )
+        if self.batching is Batching.token_budget and self.micro_batch_size not in (None, 1):
+            raise ValueError(
+                f"data.micro_batch_size={self.micro_batch_size} with data.batching=token_budget: there a unit is a "
+                "micro-batch. Leave it out."
+            )
+        for name, share in (("max_refused", self.max_refused), ("max_cut", self.max_cut)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"data.{name}={share}: a share of samples, from 0 to 1.")
+        if self.cache_gb <= 0:
+            raise ValueError(f"data.cache_gb={self.cache_gb}: the cache holds at least one shard. Use more than 0.")
+        for place, entry in enumerate(self.mixture):
+            _check_entry(entry, f"data.mixture[{place}]", all_weighed=self.mixture[0].weight is not None)
+
+    def micro_batch(self, world: int = 1) -> int:
+        """Units in one forward of one of ``world`` processes.
+
+        Raises:
+            ValueError: a step is not so many whole micro-batches for every process.
+        """
+        each = 1 if self.batching is Batching.token_budget else self.batch_size // world
+        size = self.micro_batch_size or each
+        if not size or self.batch_size % (size * world):
+            raise ValueError(
+                f"data.batch_size={self.batch_size} is not a whole number of micro-batches of {size} for each of "
+                f"{world} processes. Choose a data.batch_size that {max(size, 1) * world} divides."
+            )
+        return size
+
+    def accumulation(self, world: int = 1) -> int:
+        """Micro-batches that each of ``world`` processes runs in one optimiser step."""
+        return self.batch_size // (self.micro_batch(world) * world)
+
+
+def _check_entry(entry: MixtureEntry, at: str, *, all_weighed: bool) -> None:
+    if entry.repeat < 1:
+        raise ValueError(f"{at}.repeat={entry.repeat}: use 1 or more, or leave the entry out.")
+    if entry.weight is not None and entry.weight <= 0:
+        raise ValueError(f"{at}.weight={entry.weight}: use more than 0, or leave the entry out.")
+    if (entry.weight is not None) is not all_weighed:
+        raise ValueError(f"{at}: some entries of data.mixture have a weight and some have none. Weigh all, or none.")
+    if entry.weight is not None and entry.repeat != 1:
+        raise ValueError(f"{at}: repeat={entry.repeat} with weight={entry.weight}. Give one of the two.")
+    if not re.fullmatch(r"all|(first|end|random):(\d+|\d+(\.\d+)?%)", entry.take):
+        raise ValueError(f"{at}.take={entry.take}: use all, first:N, end:N or random:N, with N like 5000 or 10%.")

@@ -4,15 +4,21 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Self
 
-from deepstack_pl.batch import Record
+import numpy as np
+
+from deepstack_pl.batch import Reason, Record, Refused
+from deepstack_pl.data.columns import Columns
 from deepstack_pl.data.config import DataConfig
 from deepstack_pl.data.images import decode_image
-from deepstack_pl.data.llava import check_turns, record_from_llava
-from deepstack_pl.data.shards import file_sha256
-from deepstack_pl.data.stream import order
+from deepstack_pl.data.index import header_size
+from deepstack_pl.data.json_file import JsonList
+from deepstack_pl.data.llava import check_turns, image_names, record_from_llava, source_of, text_length
+from deepstack_pl.data.order import order
+from deepstack_pl.data.progress import bar
+from deepstack_pl.data.records import Outline
 
 HOLD_OUT_SEED = 0  # not the run's: every run of a comparison validates on the same records
 
@@ -25,29 +31,66 @@ class LlavaJsonSource:
 
     def __init__(self, path: Path, images: Path | None, rows: Sequence[int] | None = None) -> None:
         self.path, self.images = path, images
-        self._records, self._file_sha256 = _read_list(path)
-        self.names = [_image_names(values, f"{path.name}:{row}") for row, values in enumerate(self._records)]
+        self._records: list[dict[str, Any]] = []
+        self.names: list[list[str]] = []
+        listed = JsonList(path)
+        for row in listed:
+            key = f"{path.name}:{row.number}"
+            row.check(key)
+            self._records.append(row.values)
+            self.names.append(image_names(row.values, key))
+            check_turns(row.values, len(self.names[-1]), key)
+        self._file_sha256 = listed.sha256
         self.rows = range(len(self._records)) if rows is None else rows
-        for row, (values, names) in enumerate(zip(self._records, self.names, strict=True)):
-            check_turns(values, len(names), f"{path.name}:{row}")
         self._check_images()
+        self._sizes: dict[str, tuple[int, int]] = {}
         self._fingerprint: str | None = None
 
     def subset(self, rows: Sequence[int]) -> Self:
         """The same file, these rows alone."""
         chosen = copy.copy(self)
-        chosen.rows, chosen._fingerprint = rows, None
+        chosen.rows, chosen._fingerprint, chosen._sizes = rows, None, {}
         return chosen
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int, /) -> Record:
-        row = self.rows[index]
-        key = f"{self.path.name}:{row}"
+        row, key = self.rows[index], self.key(index)
         files = [self._file(name) for name in self.names[row]]
-        return record_from_llava(
-            self._records[row], [decode_image(file.read_bytes(), f"{key}, {file}") for file in files], key
+        images = [decode_image(file.read_bytes(), f"{key}, {file}") for file in files]
+        return record_from_llava(self._records[row], images, key, source_of(self._records[row]))
+
+    def key(self, index: int, /) -> str:
+        return f"{self.path.name}:{self.rows[index]}"
+
+    def outline(self, index: int, /) -> Outline:
+        row, key = self.rows[index], self.key(index)
+        turns = check_turns(self._records[row], len(self.names[row]), key)
+        sizes = (self._size(name, key) for name in self.names[row])
+        return Outline(key, turns, tuple(sizes))
+
+    def stored(self, index: int, /) -> tuple[bytes, list[bytes]]:
+        row = self.rows[index]
+        files = [self._file(name) for name in self.names[row]]
+        return json.dumps(self._records[row]).encode(), [f.read_bytes() if f.is_file() else b"" for f in files]
+
+    @property
+    def columns(self) -> Columns:
+        """Sizes of images are known once the fingerprint was asked for, which reads them; 0 of what is no picture."""
+        _ = self.fingerprint
+        records = [self._records[row] for row in self.rows]
+        sources = [source_of(values) for values in records]
+        places = {name: place for place, name in enumerate(dict.fromkeys(sources))}
+        first = [next(iter(self.names[row]), None) for row in self.rows]
+        sizes = np.array([(0, 0) if name is None else self._sizes[name] for name in first], np.int64).reshape(-1, 2)
+        return Columns(
+            images=np.array([len(self.names[row]) for row in self.rows], np.int64),
+            text=np.array([text_length(values) for values in records], np.int64),
+            width=sizes[:, 0],
+            height=sizes[:, 1],
+            source=np.array([places[name] for name in sources], np.int64),
+            sources=tuple(places),
         )
 
     @property
@@ -61,10 +104,18 @@ class LlavaJsonSource:
         if self._fingerprint is None:
             digest = hashlib.sha256(self._file_sha256.encode())
             digest.update(json.dumps(list(self.rows)).encode())
-            for name in sorted({name for row in self.rows for name in self.names[row]}):
-                digest.update(f"\n{name} {file_sha256(self._file(name))}".encode())
+            names = sorted({name for row in self.rows for name in self.names[row]})
+            with bar(f"Reading the images of {self.path.name}", len(names)) as advance:
+                for name in names:
+                    data = self._file(name).read_bytes()
+                    digest.update(f"\n{name} {hashlib.sha256(data).hexdigest()}".encode())
+                    self._sizes[name] = header_size(data)
+                    advance(1)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def parts(self) -> dict[str, str]:
+        return {self.path.name: self.fingerprint[:16]}
 
     def describe(self) -> str:
         text_only = sum(not self.names[row] for row in self.rows)
@@ -73,6 +124,13 @@ class LlavaJsonSource:
     def _file(self, name: str) -> Path:
         assert self.images is not None
         return self.images / name
+
+    def _size(self, name: str, key: str) -> tuple[int, int]:
+        """Width and height from the image's header."""
+        size = self._sizes.get(name) or header_size(self._file(name).read_bytes())
+        if not size[0]:
+            raise Refused(Reason.image, f"{key}, {name}: no picture. Fetch it again, or leave its record out.")
+        return size
 
     def _check_images(self) -> None:
         """Images are looked up once, now, and not after three hours."""
@@ -95,21 +153,30 @@ def split_json(config: DataConfig) -> tuple[LlavaJsonSource, LlavaJsonSource]:
     if config.path is None:
         raise ValueError("data.source=llava_json reads one file: say data.path=FILE.json data.images=FOLDER.")
     source = LlavaJsonSource(Path(config.path), Path(config.images) if config.images else None)
-    if len(source) < 2:
-        raise ValueError(f"data.path={config.path} holds one record; training and validation need one each. Add more.")
-    if config.val_samples < 1:
-        raise ValueError(f"data.val_samples={config.val_samples}: validation needs at least one record.")
-    groups = sharing_groups(source.names)
-    if len(groups) < 2:
-        raise ValueError(
-            f"data.path={config.path}: its {len(source)} records all hang together by the images they share, and no "
-            "image may be in training and in validation. Add records about other images."
-        )
-    train, val = hold_out(groups, config.val_samples)
+    train, val = split_rows(source.names, config.val_samples, source.path)
     parts = source.subset(train), source.subset(val)
     for part in parts:
         _ = part.fingerprint  # of the images that the run starts from, not of those at its first checkpoint
     return parts
+
+
+def split_rows(names: Sequence[Sequence[str]], val_samples: int, path: Path) -> tuple[list[int], list[int]]:
+    """Training and validation rows of the file ``path``, whose records name these images.
+
+    Raises:
+        ValueError: they cannot be parted.
+    """
+    if len(names) < 2:
+        raise ValueError(f"data.path={path} holds one record; training and validation need one each. Add more.")
+    if val_samples < 1:
+        raise ValueError(f"data.val_samples={val_samples}: validation needs at least one record.")
+    groups = sharing_groups(names)
+    if len(groups) < 2:
+        raise ValueError(
+            f"data.path={path}: its {len(names)} records all hang together by the images they share, and no "
+            "image may be in training and in validation. Add records about other images."
+        )
+    return hold_out(groups, val_samples)
 
 
 def sharing_groups(names: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -150,32 +217,3 @@ def hold_out(groups: Sequence[list[int]], val_samples: int) -> tuple[list[int], 
     val = sorted(val or min(drawn, key=len))
     held = set(val)
     return [row for row in range(count) if row not in held], val
-
-
-def _read_list(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """The records, and the SHA-256 of the bytes that they were read from."""
-    if not path.is_file():
-        raise ValueError(f"data.path={path} is not there. Name a JSON file in LLaVA's format.")
-    data = path.read_bytes()
-    try:
-        records = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"data.path={path} is no JSON ({error}). LLaVA's format is one list of records.") from error
-    if not isinstance(records, list) or not records or not all(isinstance(values, dict) for values in records):
-        raise ValueError(
-            f"data.path={path} is not a list of records, at least one. LLaVA's format is "
-            '[{"id": ..., "image": ..., "conversations": [...]}, ...].'
-        )
-    return records, hashlib.sha256(data).hexdigest()
-
-
-def _image_names(values: dict[str, Any], key: str) -> list[str]:
-    """The images that a record names, each written one way; a record without any is text-only."""
-    names = values.get("image") or []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{key}: image is {values['image']!r}. Give a file name, or a list of them.")
-    for name in names:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"{key}: image {name} leaves the image folder. Name images relative to data.images.")
-    return [str(PurePosixPath(name)) for name in names]

@@ -1,150 +1,219 @@
 """Where records come from: shards read through their index, or one LLaVA-format JSON file and a folder of images.
 
 A source is random access (the order is made in `stream`), travels to worker processes, and has a fingerprint that
-changes when its data does. What is wrong with a record is an error that names it, never a sample left out.
+changes when its data does. A record that cannot be trained on is `Refused` by name; what is wrong with the world is a
+ValueError or an OSError. Nothing is left out.
 """
 
 import hashlib
 import json
 import os
-import re
 from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
+from zlib import crc32
 
-from deepstack_pl.batch import Record
+import numpy as np
+
+from deepstack_pl.batch import Reason, Record, Refused
+from deepstack_pl.data.columns import Columns
 from deepstack_pl.data.config import DataConfig
 from deepstack_pl.data.config import Source as Kind
 from deepstack_pl.data.fine_print import write_fine_print
-from deepstack_pl.data.images import EXTENSIONS, decode_image
-from deepstack_pl.data.llava import record_from_llava
+from deepstack_pl.data.folders import Folder, LocalFolder, open_folder
+from deepstack_pl.data.images import decode_image
+from deepstack_pl.data.index import ShardIndex, image_members
+from deepstack_pl.data.llava import check_turns, record_from_llava
 from deepstack_pl.data.llava_json import split_json
-from deepstack_pl.data.shards import Entry, check_finished, hash_shards, read_index, read_manifest
+from deepstack_pl.data.records import Outline, Source
+from deepstack_pl.data.shards import MANIFEST
 
 OPEN_SHARDS = 32  # files that one process keeps open
 
 
-class Source(Protocol):
-    """Records by number."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Record: ...
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of what the records are made from."""
-        ...
-
-    def describe(self) -> str:
-        """One line for the log."""
-        ...
-
-
 class ShardSource:
-    """The samples of all ``*.tar`` of a folder, in the order of names, read in place.
+    """The samples of all shards of a folder, in the order of names, read in place through their indexes.
 
-    Every shard is hashed when the folder is opened, about half a second for 250 MB: the fingerprint is that of the
-    bytes that lie there, and a shard that is not the one its manifest lists is refused.
+    The fingerprint is that of the shards' names and bytes; every member that is read is checked against its CRC-32.
+    ``name`` is the source of records whose path names none.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        check_finished(folder)
-        self.shards = sorted(folder.glob("*.tar"))
-        if not self.shards:
-            what = "holds no *.tar shards" if folder.is_dir() else "is not there"
-            raise ValueError(
-                f"{folder} {what}. data=shards reads <data.root>/train/*.tar and <data.root>/val/*.tar: "
-                "write them with deepstack_pl.data.shards.ShardWriter, or correct data.root."
-            )
-        manifest = read_manifest(folder)
-        listed = {shard.name for shard in manifest or ()}
-        unlisted = [shard.name for shard in self.shards if manifest is not None and shard.name not in listed]
-        if unlisted:
-            raise ValueError(
-                f"{folder}: {', '.join(unlisted[:3])} ({len(unlisted)} in all) not in its manifest.json. "
-                "Remove what does not belong, or the manifest if it does."
-            )
+    def __init__(self, folder: Folder | Path, name: str = "") -> None:
+        self.folder = LocalFolder(folder) if isinstance(folder, Path) else folder
+        self.shards = self.folder.shards()
+        self._ends = np.cumsum([len(shard) for shard in self.shards])
+        if not len(self):
+            raise ValueError(f"{self.folder.where()}: its {len(self.shards)} shards hold no samples. Write them again.")
+        parts = (shard.columns for shard in self.shards)
+        self._columns = Columns.concatenate(
+            [replace(part, sources=tuple(source or name for source in part.sources)) for part in parts]
+        )
         digest = hashlib.sha256()
-        for shard, found in zip(self.shards, hash_shards(self.shards, manifest), strict=True):
-            digest.update(f"{shard.name} {shard.stat().st_size} {found}".encode())
+        for shard in self.shards:
+            digest.update(f"{shard.name} {shard.bytes} {shard.sha256}".encode())
         self._fingerprint = digest.hexdigest()
-        self._entries: list[tuple[int, Entry]] = []
-        for number, shard in enumerate(self.shards):
-            self._entries += ((number, entry) for entry in read_index(shard))
-        if not self._entries:
-            raise ValueError(f"{folder}: its {len(self.shards)} shards hold no samples. Write them again.")
-        self._files = _Files()
+        self._files = _Files(self.folder.path)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int, /) -> Record:
-        number, entry = self._entries[index]
-        shard = self.shards[number]
-        key = f"{self.folder.name}/{shard.name}:{entry.key}"
-        try:
-            values = json.loads(self._files.read(shard, *entry.members["json"]))
-        except ValueError as error:
-            raise ValueError(f"{key}: its json cannot be read ({error}). Write the shard again.") from error
+        shard, sample = self._place(index)
+        key, members = self._key(shard, sample), shard.members(sample)
+        values = self._json(shard, members["json"], key)
         images = [
-            decode_image(self._files.read(shard, *entry.members[extension]), f"{key}.{extension}")
-            for extension in _image_members(entry)
+            decode_image(self._read(shard, member, f"{key}.{extension}"), f"{key}.{extension}")
+            for extension, member in image_members(members)
         ]
-        return record_from_llava(values, images, key)
+        source = self._columns.sources[self._columns.source[index]]
+        return record_from_llava(values, images, key, source)
+
+    def key(self, index: int, /) -> str:
+        return self._key(*self._place(index))
+
+    def outline(self, index: int, /) -> Outline:
+        shard, sample = self._place(index)
+        key, members = self._key(shard, sample), shard.members(sample)
+        values = self._json(shard, members["json"], key)
+        sizes = []
+        for extension, member in image_members(members):
+            if not shard.width[member]:
+                raise Refused(Reason.image, f"{key}.{extension}: no picture. Fetch it again, or leave its record out.")
+            sizes.append((int(shard.width[member]), int(shard.height[member])))
+        return Outline(key, check_turns(values, len(sizes), key), tuple(sizes))
+
+    def stored(self, index: int, /) -> tuple[bytes, list[bytes]]:
+        shard, sample = self._place(index)
+        members = shard.members(sample)
+        places = [members["json"], *(member for _, member in image_members(members))]
+        record, *images = (
+            self._files.read(shard.name, int(shard.offset[place]), int(shard.size[place])) for place in places
+        )
+        return record, images
+
+    @property
+    def columns(self) -> Columns:
+        return self._columns
 
     @property
     def fingerprint(self) -> str:
         return self._fingerprint
 
+    def parts(self) -> dict[str, str]:
+        return {f"{self.folder.name}/{shard.name}": shard.sha256[:16] for shard in self.shards}
+
     def describe(self) -> str:
-        unread = Counter(
-            extension
-            for _, entry in self._entries
-            for extension in entry.members.keys() - {"json", *_image_members(entry)}
-        )
-        line = f"{len(self):,} samples in {len(self.shards)} shards of {self.folder}"
+        unread: Counter[str] = Counter()
+        for shard in self.shards:
+            counts = np.bincount(shard.extension, minlength=len(shard.extensions))
+            for extension, count in zip(shard.extensions, counts, strict=True):
+                if extension != "json" and not image_members({extension: 0}):
+                    unread[extension] += int(count)
+        line = f"{len(self):,} samples in {len(self.shards)} shards of {self.folder.where()}"
         left = ", ".join(f"{count:,} .{extension}" for extension, count in sorted(unread.items()))
         return f"{line}; members that are not read: {left}" if left else line
+
+    def _place(self, index: int) -> tuple[ShardIndex, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self.shards[number]
+        return shard, index - int(self._ends[number]) + len(shard)
+
+    def _key(self, shard: ShardIndex, sample: int) -> str:
+        return f"{self.folder.name}/{shard.name}:{shard.key(sample)}"
+
+    def _json(self, shard: ShardIndex, member: int, key: str) -> dict[str, Any]:
+        try:
+            return json.loads(self._read(shard, member, f"{key}.json"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{key}: its json cannot be read ({error}). Write the shard again.") from error
+
+    def _read(self, shard: ShardIndex, member: int, what: str) -> bytes:
+        data = self._files.read(shard.name, int(shard.offset[member]), int(shard.size[member]))
+        if crc32(data) != shard.crc[member]:
+            raise Refused(
+                Reason.changed,
+                f"{what}: its bytes are not those of the index (CRC-32): the shard was damaged or changed after it was "
+                "opened, or on its disk. Run deepstack shards verify, and fetch or write the shard again.",
+            )
+        return data
 
 
 def open_sources(config: DataConfig) -> tuple[Source, Source]:
     """Training and validation source; the fine print set is written first where it is not there yet.
 
-    ``llava_json`` holds records out by a fixed seed, see `llava_json.hold_out`.
+    ``llava_json`` and `shards build` hold records out by a fixed seed, see `llava_json.hold_out`.
+
+    Raises:
+        ValueError: what is configured is not there, or is not what it was.
     """
     if config.source is Kind.llava_json:
         return split_json(config)
-    root = Path(config.root)
+    name, root = "", config.root
     if config.source is Kind.fine_print:
-        root = write_fine_print(config.fine_print, root)
-    return ShardSource(root / "train"), ShardSource(root / "val")
+        root = str(write_fine_print(config.fine_print, Path(config.root)))
+    elif config.source is Kind.corpus:
+        name, root = config.name, built_corpus(config)
+    elif config.mixture:
+        from deepstack_pl.data.mixture import open_mixture  # which needs ShardSource
+
+        held_out = root if "://" in root or (Path(root) / "val").is_dir() else config.mixture[0].root
+        return open_mixture(config), ShardSource(open_folder(held_out, "val", config))
+    train, val = (ShardSource(open_folder(root, split, config), name) for split in ("train", "val"))
+    return train, val
+
+
+def shards_root(config: DataConfig) -> str:
+    """Where a corpus's shards are, or are to be."""
+    return config.shards or str(Path(config.root) / "shards" / config.name)
+
+
+def built_corpus(config: DataConfig) -> str:
+    """`shards_root`, which has to be there.
+
+    Raises:
+        ValueError: it is not; says how to build it.
+    """
+    root = shards_root(config)
+    if "://" not in root and not (Path(root) / MANIFEST).is_file():
+        shards = f" data.shards={config.shards}" if config.shards else ""
+        raise ValueError(
+            f"{root} holds no finished shards of {config.name}. Build them once: "
+            f"deepstack shards build data={config.name} data.root={config.root}{shards}"
+        )
+    return root
 
 
 class _Files:
     """Open shards of one process, read by position; a forked or pickled copy opens its own."""
 
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
+    def __init__(self, path: Callable[[str], Path]) -> None:
+        self._path = path
+        self._open: OrderedDict[str, BinaryIO] = OrderedDict()
         self._owner = os.getpid()
 
-    def read(self, path: Path, start: int, size: int) -> bytes:
+    def read(self, shard: str, start: int, size: int) -> bytes:
         if self._owner != os.getpid():
             self._close()
             self._owner = os.getpid()
-        if path not in self._open:
-            self._open[path] = path.open("rb", buffering=0)
+        if shard not in self._open:
+            self._open[shard] = self._path(shard).open("rb", buffering=0)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(path)
-        data = os.pread(self._open[path].fileno(), size, start)
+        self._open.move_to_end(shard)
+        data = os.pread(self._open[shard].fileno(), size, start)
         if len(data) != size:
-            raise ValueError(f"{path}: {len(data)} bytes at {start}, not {size}: the shard changed while it was in use")
+            raise ValueError(
+                f"{shard}: {len(data)} bytes at {start}, not {size}: the shard changed while it was in use. Fetch or "
+                "write it again."
+            )
         return data
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_open": OrderedDict(), "_owner": 0}
+        return {"_path": self._path, "_open": OrderedDict(), "_owner": 0}
 
     def __del__(self) -> None:
         self._close()
@@ -152,10 +221,3 @@ class _Files:
     def _close(self) -> None:
         while self._open:
             self._open.popitem()[1].close()
-
-
-def _image_members(entry: Entry) -> list[str]:
-    """The sample's image extensions: ``png``, or ``0.png``, ``1.jpg``, ... by number."""
-    found = ((re.fullmatch(r"(?:(\d+)\.)?(\w+)", extension), extension) for extension in entry.members)
-    images = [(int(match[1] or 0), extension) for match, extension in found if match and match[2] in EXTENSIONS]
-    return [extension for _, extension in sorted(images)]

@@ -1,0 +1,90 @@
+"""The processes that read samples: what they do, and what is said when one is lost."""
+
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from deepstack_pl.batch import Reason, Record, Refused, Sample
+from deepstack_pl.data.batching import FILL, Unit
+from deepstack_pl.data.records import Source
+
+Blank = Callable[[str, str, tuple[Reason, str] | None], Sample]
+
+TIMEOUT = 600  # seconds that a batch may take before a worker is taken for hung
+_NAMED = 3  # samples of a batch that did not come
+
+
+def start_worker(_worker: int = 0) -> None:
+    """Ctrl-C is the main process's to answer, and workers take one core each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class PreparedSource(Dataset[Sample | list[Sample]]):
+    """A source's records as samples, made where they are read: in the worker.
+
+    A worker never drops: in place of a sample that is refused stands a blank row that says why.
+    """
+
+    def __init__(self, source: Source, prepare: Callable[[Record], Sample], blank: Blank) -> None:
+        self.source, self.prepare, self.blank = source, prepare, blank
+        self.columns = source.columns  # once: it may be made anew whenever it is asked for
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, unit: int | Unit) -> Sample | list[Sample]:
+        """The sample of a number, or those of a packed row."""
+        return [self._sample(number) for number in unit] if isinstance(unit, tuple) else self._sample(unit)
+
+    def names(self, units: Sequence[int | Unit]) -> list[str]:
+        """The samples' names in messages, those that only fill a batch left out."""
+        rows = [unit if isinstance(unit, tuple) else (unit,) for unit in units]
+        return [self.source.key(number) for row in rows for number in row if number != FILL]
+
+    def _sample(self, number: int) -> Sample:
+        if number == FILL:
+            return self.blank("", "", None)
+        try:
+            return self.prepare(self.source[number])
+        except Refused as refused:
+            source = self.columns.sources[self.columns.source[number]]
+            return self.blank(self.source.key(number), source, (refused.reason, refused.sentence))
+
+
+class WatchedLoader(DataLoader[Any]):
+    """A loader that says which worker and which batch it waited for when none came.
+
+    Its sampler keeps the batches that it handed out in ``handed``, its dataset names the samples of one.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Batches.
+
+        Raises:
+            RuntimeError: a worker was killed, or brought nothing within ``timeout`` seconds.
+        """
+        handed: deque[list[Any]] = self.batch_sampler.handed  # type: ignore[union-attr]
+        batches, count = super().__iter__(), 0
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not self.num_workers or not str(error).startswith("DataLoader "):  # what a worker raised
+                    raise
+                keys = self.dataset.names(handed[0])  # type: ignore[attr-defined]
+                more = ", ..." if len(keys) > _NAMED else ""
+                raise RuntimeError(
+                    f"{str(error).rstrip(' .')}. What was waited for is worker {count % self.num_workers}'s, with "
+                    f"{', '.join(keys[:_NAMED])}{more}. If it was killed, the machine may be short of memory (see "
+                    "dmesg): lower data.workers. If it hangs, look at the disk or network that these samples lie on."
+                ) from error
+            handed.popleft()
+            count += 1
+            yield batch
