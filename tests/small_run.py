@@ -9,6 +9,7 @@ import lightning
 from PIL import Image
 
 from deepstack_pl.batch import Record, Role, Turn
+from deepstack_pl.data.columns import Columns
 from deepstack_pl.language.config import LLMConfig
 from deepstack_pl.language.conversation import load_tokenizer
 from deepstack_pl.multimodal.build import build_model
@@ -87,6 +88,16 @@ class Pages:
             kind="short" if short else "long",
             facts=facts,
         )
+
+    def key(self, index: int) -> str:
+        return f"page {index}"
+
+    def parts(self) -> dict[str, str]:
+        return {"pages": self.fingerprint}
+
+    @property
+    def columns(self) -> Columns:
+        return Columns.plain(self.count)
 
     def describe(self) -> str:
         return f"{self.count} pages in two colours"

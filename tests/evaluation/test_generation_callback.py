@@ -23,8 +23,10 @@ def validation(every, pages=2, **more):
     return GenerationCallback(Pages(), small_processor(), config, pages_per_kind=pages)
 
 
-def fit(folder, *callbacks, **more):
-    data = DeepStackDataModule(Pages(), Pages(), small_processor(), DataConfig(name="x", batch_size=4, workers=0), 0, 4)
+def fit(folder, *callbacks, micro=None, **more):
+    config = DataConfig(name="x", batch_size=4, micro_batch_size=micro, workers=0)
+    data = DeepStackDataModule(Pages(), Pages(), small_processor(), config, 0, 4)
+    more = {"accumulate_grad_batches": config.accumulation(), **more}
     trainer, module = small_trainer(folder, callbacks=list(callbacks), **more), small_module()
     trainer.fit(module, datamodule=data)
     return trainer, module
@@ -55,7 +57,7 @@ def test_a_few_pages_of_every_kind_are_kept_with_their_images(tmp_path):
 def test_an_accumulated_step_is_validated_once(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("deepstack_pl.evaluation.callback.log_results", lambda *args: seen.append(args[-1]))
-    fit(tmp_path, validation(1), accumulate_grad_batches=2)
+    fit(tmp_path, validation(1), micro=2)
     assert seen == [1, 2, 3, 4]
 
 

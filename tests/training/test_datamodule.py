@@ -1,9 +1,11 @@
-"""Where a run goes on: the datamodule's one integer, the checkpoint around it, and Ctrl-C."""
+"""Where a run goes on: the datamodule's plain numbers, the checkpoint around them, and Ctrl-C."""
 
+import json
 import os
 import signal
 import threading
 from dataclasses import replace
+from itertools import chain
 
 import lightning
 import pytest
@@ -11,11 +13,12 @@ import torch
 from small_run import Pages, small_model, small_module, small_processor, small_trainer
 
 from deepstack_pl.batch import Role, Turn
-from deepstack_pl.data.config import DataConfig
+from deepstack_pl.data.config import Batching, DataConfig, Remainder, Shuffle
 from deepstack_pl.language.config import TooLong
 from deepstack_pl.training.checkpoint import RunCheckpoint
 from deepstack_pl.training.datamodule import DeepStackDataModule
 from deepstack_pl.training.interrupt import GracefulStop
+from deepstack_pl.training.tally import Tally
 
 
 class Keys(lightning.Callback):
@@ -29,22 +32,27 @@ class Keys(lightning.Callback):
         self.then(trainer.global_step)
 
 
-def data(steps=6, workers=0, seed=0, batch_size=4, pages=None):
-    config = DataConfig(name="x", batch_size=batch_size, workers=workers)
-    return DeepStackDataModule(pages or Pages(), Pages(4), small_processor(), config, seed, steps)
+def data(steps=6, workers=0, seed=0, batch_size=4, pages=None, ledger=None, **config):
+    config = DataConfig(name="x", batch_size=batch_size, workers=workers, **config)
+    return DeepStackDataModule(pages or Pages(), Pages(4), small_processor(), config, seed, steps, ledger=ledger)
 
 
 def fit(folder, *callbacks, steps=6, resume=None, datamodule=None, **more):
-    module = small_module(steps=steps)
+    module, datamodule = small_module(steps=steps), datamodule or data(steps)
+    more = {"accumulate_grad_batches": datamodule.config.accumulation(), **more}
     trainer = small_trainer(folder, steps, callbacks=list(callbacks), enable_checkpointing=True, **more)
-    trainer.fit(module, datamodule=datamodule or data(steps), ckpt_path=resume, weights_only=True)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     return module, trainer
 
 
-def digest_of(folder, steps=6, **more):
-    datamodule = data(steps)
+def order_of(folder, steps=6, config=None, **more):
+    datamodule = data(steps, **(config or {}))
     fit(folder, steps=steps, datamodule=datamodule, **more)
-    return datamodule.keys_digest
+    return datamodule.tally().order
+
+
+def state_of(file):
+    return torch.load(file, weights_only=True)["DeepStackDataModule"]
 
 
 def interrupt_after(step, stop=None):
@@ -103,9 +111,9 @@ def test_ctrl_c_inside_an_accumulation_waits_for_its_end(tmp_path):
     stop, checkpoint = GracefulStop(), RunCheckpoint(tmp_path)
     keys = Keys()
     keys.then = lambda now: os.kill(os.getpid(), signal.SIGINT) if len(keys.seen) == 3 else None
-    _, trainer = fit(tmp_path, keys, stop, checkpoint, steps=6, accumulate_grad_batches=2, datamodule=data(6))
+    _, trainer = fit(tmp_path, keys, stop, checkpoint, steps=6, datamodule=data(6, micro_batch_size=2))
     assert (trainer.global_step, len(keys.seen)) == (2, 4)
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["DeepStackDataModule"]["step"] == 4
+    assert state_of(tmp_path / "last.ckpt")["position"]["step"] == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -123,20 +131,21 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(tmp_path, worke
     )
     assert trainer.global_step == 6
     assert first.seen + second.seen == whole.seen
-    assert going_on.keys_digest == at_once.keys_digest != ""
-    saved = torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)["DeepStackDataModule"]
-    assert (saved["step"], saved["keys_digest"]) == (6, at_once.keys_digest)
+    assert going_on.tally() == at_once.tally() != Tally()
+    saved = state_of(tmp_path / "b" / "last.ckpt")
+    assert (saved["position"]["step"], saved["tally"]) == (6, at_once.tally().to_dict())
     for (name, a), b in zip(straight.network.named_parameters(), resumed.network.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
-def test_the_position_counts_what_was_trained_and_not_what_was_fetched(tmp_path):
+def test_the_state_is_plain_numbers_of_what_was_trained_and_not_of_what_was_fetched(tmp_path):
     fit(tmp_path, interrupt_after(2), GracefulStop(), RunCheckpoint(tmp_path), datamodule=data(workers=1))
-    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["DeepStackDataModule"]
-    digest = state.pop("keys_digest")
-    identity = {"fingerprint": "two colours", "seed": 0, "batch_size": 4, "accumulate_grad_batches": 1}
-    assert state == {"step": 2, "cut_positions": 0, "cut_answers": 0, **identity}
-    assert digest == digest_of(tmp_path / "two", steps=2)
+    state = state_of(tmp_path / "last.ckpt")
+    assert state["position"] == {"step": 2, "epoch": 0, "window": 0, "unit": 8}
+    assert state["tally"]["samples"] == 8
+    assert state["tally"]["order"] == order_of(tmp_path / "two", steps=2)
+    assert state["identity"]["data.batch_size"] == 4
+    assert json.loads(json.dumps(state)) == state
 
 
 class Wordy(Pages):
@@ -150,7 +159,7 @@ class Wordy(Pages):
 
 def test_what_is_cut_off_is_counted_over_a_resume_positions_and_whole_answers(tmp_path):
     def cutting():
-        datamodule = data(pages=Wordy())
+        datamodule = data(pages=Wordy(), max_cut=1.0)
         datamodule.processor.max_length, datamodule.processor.too_long = 40, TooLong.cut
         return datamodule
 
@@ -166,8 +175,10 @@ def test_what_is_cut_off_is_counted_over_a_resume_positions_and_whole_answers(tm
     fit(tmp_path / "b", rest, resume=tmp_path / "b" / "last.ckpt", datamodule=going_on)
     trained = [key for keys in first.seen + rest.seen for key in keys]
     for datamodule in (whole, going_on):
-        assert datamodule.cut_positions == sum(positions[key] for key in trained) > 0
-        assert datamodule.cut_answers == sum(answers[key] for key in trained) > 0
+        tally = datamodule.tally()
+        assert tally.cut_positions == sum(positions[key] for key in trained) > 0
+        assert tally.cut_samples == sum(positions[key] > 0 for key in trained)
+        assert tally.cut_answers == sum(answers[key] for key in trained) > 0
     batch = whole.processor.collate([whole.processor.prepare(Wordy()[index]) for index in (0, 4)])
     module.trainer, module.log, module.log_dict = None, lambda *a, **k: None, lambda *a, **k: None
     module._rates = dict
@@ -178,28 +189,27 @@ def test_what_is_cut_off_is_counted_over_a_resume_positions_and_whole_answers(tm
     assert all(p.grad is None or bool((p.grad == 0).all()) for p in module.network.parameters())
 
 
-def test_the_digest_is_of_the_batches_trained_on_and_not_of_what_settings_promise(tmp_path):
-    changes = [{}, {"accumulate_grad_batches": 2}, {"limit_train_batches": 2}, {"steps": 3}]
-    digests = [digest_of(tmp_path / str(i), **change) for i, change in enumerate(changes)]
-    assert digest_of(tmp_path / "again") == digests[0]
-    assert len({*digests, ""}) == 5
-    grouped = [digest_of(tmp_path / "b", steps=3, accumulate_grad_batches=2), digests[0]]
-    assert grouped[0] != grouped[1], "the same batches in other optimiser steps are another training"
+def test_the_order_is_of_the_steps_trained_and_not_of_what_settings_promise(tmp_path):
+    changes = [{}, {"config": {"seed": 1}}, {"steps": 3}, {"config": {"batch_size": 6}}]
+    orders = [order_of(tmp_path / str(i), **change) for i, change in enumerate(changes)]
+    assert order_of(tmp_path / "again") == orders[0]
+    assert len({*orders, 0}) == 5
 
 
-def test_accumulated_batches_are_counted_one_by_one_and_a_resume_goes_on_after_them(tmp_path):
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_smaller_forwards_of_the_same_step_are_the_same_order_and_a_resume_may_change_them(tmp_path, micro):
     whole, first, second = Keys(), interrupt_after(1), Keys()
-    digest = data(3)
-    fit(tmp_path / "a", whole, steps=3, datamodule=digest, accumulate_grad_batches=2)
-    fit(tmp_path / "b", first, GracefulStop(), RunCheckpoint(tmp_path / "b"), steps=3, accumulate_grad_batches=2)
-    last, going_on = tmp_path / "b" / "last.ckpt", data(3)
-    fit(tmp_path / "b", second, resume=last, steps=3, datamodule=going_on, accumulate_grad_batches=2)
-    assert first.seen + second.seen == whole.seen
-    assert (going_on.step, going_on.keys_digest) == (6, digest.keys_digest)
+    at_once, broken_off, going_on = data(3), data(3, micro_batch_size=micro), data(3)
+    fit(tmp_path / "a", whole, steps=3, datamodule=at_once)
+    fit(tmp_path / "b", first, GracefulStop(), RunCheckpoint(tmp_path / "b"), steps=3, datamodule=broken_off)
+    assert len(first.seen) == 4 // micro
+    fit(tmp_path / "b", second, resume=tmp_path / "b" / "last.ckpt", steps=3, datamodule=going_on)
+    assert list(chain.from_iterable(first.seen + second.seen)) == list(chain.from_iterable(whole.seen))
+    assert going_on.tally() == at_once.tally()
 
 
 def test_a_batch_whose_gradient_is_lost_has_not_been_trained_on(tmp_path):
-    keys, datamodule = Keys(), data()
+    keys, datamodule = Keys(), data(micro_batch_size=2)
 
     def fail(step):
         if len(keys.seen) == 3:
@@ -207,30 +217,27 @@ def test_a_batch_whose_gradient_is_lost_has_not_been_trained_on(tmp_path):
 
     keys.then = fail
     with pytest.raises(RuntimeError, match="as arranged"):
-        fit(tmp_path, keys, RunCheckpoint(tmp_path), datamodule=datamodule, accumulate_grad_batches=2)
-    saved = torch.load(tmp_path / "exception.ckpt", weights_only=True)["DeepStackDataModule"]
-    assert saved["step"] == datamodule.step == 2
+        fit(tmp_path, keys, RunCheckpoint(tmp_path), datamodule=datamodule)
+    assert state_of(tmp_path / "exception.ckpt")["position"]["step"] == datamodule.step == 1
 
 
 def test_another_fit_begins_anew(tmp_path):
     datamodule = data()
-    digests = []
+    found = []
     for folder in ("a", "b"):
         fit(tmp_path / folder, datamodule=datamodule)
-        digests.append((datamodule.step, datamodule.keys_digest))
-    assert digests[0] == digests[1]
+        found.append((datamodule.step, datamodule.tally()))
+    assert found[0] == found[1]
 
 
-def test_going_on_with_another_accumulation_is_refused(tmp_path):
-    fit(tmp_path, RunCheckpoint(tmp_path), steps=1)
-    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches=1, this run has 2.*init_from"):
-        fit(tmp_path, steps=2, resume=tmp_path / "last.ckpt", accumulate_grad_batches=2)
+def test_a_trainer_that_accumulates_otherwise_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches=2.*data\.batch_size=4.* are 1"):
+        fit(tmp_path, steps=2, accumulate_grad_batches=2)
 
 
-def test_a_checkpoint_without_its_position_is_refused():
-    state = data().state_dict()
-    del state["keys_digest"]
-    with pytest.raises(ValueError, match=r"does not say its keys_digest.*init_from"):
+def test_a_checkpoint_of_another_version_is_refused():
+    state = data().state_dict() | {"version": 1}
+    with pytest.raises(ValueError, match=r"version 1, this program reads 2.*init_from"):
         data().load_state_dict(state)
 
 
@@ -239,9 +246,12 @@ def test_a_checkpoint_without_its_position_is_refused():
     [
         ({"seed": 1}, r"seed=0, this run has 1.*init_from"),
         ({"batch_size": 2}, r"data\.batch_size=4, this run has 2"),
-        ({"pages": Pages(fingerprint="else")}, r"data fingerprint=two colours, this run has else"),
+        ({"pages": Pages(fingerprint="else")}, r"not those of the checkpoint: pages \(has other bytes\); 1 of 1"),
+        ({"batching": Batching.modality_length}, r"data\.batching=samples, this run has modality_length"),
+        ({"shuffle": Shuffle.blocks}, r"data\.shuffle=full, this run has blocks"),
+        ({"remainder": Remainder.drop}, r"data\.remainder=pad, this run has drop"),
     ],
-    ids=["seed", "batch_size", "fingerprint"],
+    ids=["seed", "batch_size", "fingerprint", "batching", "shuffle", "remainder"],
 )
 def test_going_on_with_another_order_of_samples_is_refused(other, message):
     with pytest.raises(ValueError, match=message):

@@ -1,37 +1,66 @@
-"""Batches for Lightning, and where to go on: one integer in the checkpoint.
+"""Batches for Lightning, and where to go on: a few plain numbers in the checkpoint, the same on every process.
 
 The position is the datamodule's and not the loader's: Lightning restores a loader's state only in the middle of an
 epoch, and gives rank 0's to every rank.
 """
 
 import hashlib
-import json
 import warnings
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Protocol
 
 import lightning
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
 
-from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch
-from deepstack_pl.data.config import DataConfig
-from deepstack_pl.data.sources import Source
-from deepstack_pl.data.stream import train_loader
+from deepstack_pl.batch import MultimodalBatch
+from deepstack_pl.data.config import Batching, DataConfig, Shuffle, StreamKind
+from deepstack_pl.data.pipeline import PipelineSource, pipeline_loader
+from deepstack_pl.data.records import Source
+from deepstack_pl.data.stream import MicroBatchSampler, Position, Stream, train_loader
 from deepstack_pl.multimodal.processor import DeepStackProcessor
+from deepstack_pl.training.tally import Tally, over_all
 from deepstack_pl.training.throughput import TimedLoader
+
+SAMPLES_UNKNOWN = 10_000  # of a stream without an index: what shares of an epoch are taken of
+STATE = 2  # the version of what `DeepStackDataModule.state_dict` says
+
+
+class Lines(Protocol):
+    """Where samples that are refused or cut are written down: `ledger.Ledger`."""
+
+    def write(self, batch: MultimodalBatch, step: int, rank: int) -> None: ...
+
+    def go_back(self, step: int) -> None: ...
 
 
 class DeepStackDataModule(lightning.LightningDataModule):
-    """Training batches of ``train``, in an order that depends on (seed, step) alone.
+    """Training batches of ``train``, in an order that depends on (fingerprint, seed, step) alone.
 
     There is no validation loader: validation generates, which is evaluation's callback's own affair; ``val`` is kept
     for it.
 
     What has been trained on is counted here, batch by batch, and not concluded from Trainer's numbers. A batch counts
     once the optimiser has stepped on it: the gradients of an accumulation broken off are in no checkpoint.
+
+    Attributes:
+        stream: the order of the samples; None where they have none (``data.stream=webdataset``).
     """
 
     def __init__(
-        self, train: Source, val: Source, processor: DeepStackProcessor, config: DataConfig, seed: int, max_steps: int
+        self,
+        train: Source | PipelineSource,
+        val: Source,
+        processor: DeepStackProcessor,
+        config: DataConfig,
+        seed: int,
+        max_steps: int,
+        *,
+        lengths: Int[ndarray, " n"] | None = None,
+        ledger: Lines | None = None,
     ) -> None:
+        """``lengths`` are the samples' positions, where ``config.batching`` plans with them."""
         super().__init__()
         self.train = train
         self.val = val
@@ -39,78 +68,132 @@ class DeepStackDataModule(lightning.LightningDataModule):
         self.config = config
         self.seed = seed
         self.max_steps = max_steps
+        self.ledger = ledger
+        self._lengths = lengths
+        self.stream: Stream | None = None
+        if not isinstance(train, PipelineSource):
+            self.stream = Stream(train, config, seed, lengths=lengths, capacity=processor.max_length)
         self._loader: TimedLoader | None = None
-        self._begin()
+        self._begin(Position(), Tally())
 
-    def _begin(self, step: int = 0, keys_digest: str = "", cut: tuple[int, int] = (0, 0)) -> None:
-        self.start_step = self._trained = step
-        self._cut, self._cut_pending = cut, (0, 0)  # positions, and samples whose whole answer went
-        self._digest = keys_digest
-        self._pending: list[list[str]] = []  # keys of batches that the optimiser has not been seen to step on
+    def _begin(self, position: Position, before: Tally) -> None:
+        self._start = position
+        self._before = before  # of all processes, when this session began
+        self._mine, self._pending = Tally(), Tally()  # of this process since; trained on, and not stepped on yet
+        self._pending_batches = 0
+        self._sampler: MicroBatchSampler | None = None
+        self._steps = position.step
         self._optimizer_steps = 0
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self._begin()  # another fit begins anew; a checkpoint is loaded after this
+            self._begin(Position(), Tally())  # another fit begins anew; a checkpoint is loaded after this
 
     @property
     def step(self) -> int:
-        """Batches that have been trained on; what workers have fetched ahead does not count."""
+        """Optimiser steps whose batches have been trained on; what workers have fetched ahead does not count."""
         self._count()
-        return self._trained
+        return self._steps
 
-    @property
-    def keys_digest(self) -> str:
-        """A running hash of the keys of all samples trained on, by batch and optimiser step; empty before the first.
-
-        Equal for two runs that took the same optimiser steps on the same batches, whatever their settings promise.
-        """
+    def tally(self) -> Tally:
+        """What has been trained on, of all starts and all processes; every process must ask."""
         self._count()
-        return self._digest
-
-    @property
-    def cut_positions(self) -> int:
-        """Positions that were cut off the samples trained on; 0 unless ``llm.too_long=cut``."""
-        self._count()
-        return self._cut[0]
-
-    @property
-    def cut_answers(self) -> int:
-        """Samples trained on of which the cut left nothing to learn."""
-        self._count()
-        return self._cut[1]
+        return self._before + over_all(self._mine)
 
     def on_before_batch_transfer(self, batch: MultimodalBatch, dataloader_idx: int) -> MultimodalBatch:
-        """Lightning's last word on a batch before it is trained on."""
+        """Lightning's last word on a batch before it is trained on.
+
+        Raises:
+            ValueError: more samples are refused or cut than ``data.max_refused`` and ``data.max_cut`` allow, on all
+                processes at once.
+        """
         if self.trainer is not None and self.trainer.training:
             self._count()
-            self._pending.append(list(batch.keys))
-            untaught = int((batch.labels[:, 1:] == IGNORE_INDEX).all(1).sum()) if batch.cut else 0
-            self._cut_pending = _plus(self._cut_pending, (batch.cut, untaught))
+            self._pending += Tally.of(batch, self._steps)
+            self._pending_batches += 1
+            if self.ledger is not None:
+                self.ledger.write(batch, self._steps, self.trainer.global_rank)
+            self._watch(batch)
         return batch
+
+    def _watch(self, batch: MultimodalBatch) -> None:
+        troubled = any(batch.cuts) or any(refused is not None for refused in batch.refused)
+        if (
+            self.trainer is not None and self._world > 1
+        ):  # all or none: who stopped alone would leave the others waiting
+            troubled = self.trainer.strategy.reduce_boolean_decision(troubled, all=False)
+        if not troubled:
+            return
+        tally = self._before + over_all(self._mine + self._pending)
+        # Of whole epochs, so that a bad sample among the first few is no flood.
+        epoch = SAMPLES_UNKNOWN if self.stream is None else self.stream.samples
+        of = epoch * -(-tally.seen // epoch)
+        for what, count, share, setting in (
+            ("refused", tally.refused.total(), self.config.max_refused, "max_refused"),
+            ("cut", tally.cut_samples, self.config.max_cut, "max_cut"),
+        ):
+            if count > share * of:
+                raise ValueError(self._too_many(what, count, of, f"data.{setting}={share}", batch))
+
+    def _too_many(self, what: str, count: int, of: int, setting: str, batch: MultimodalBatch) -> str:
+        sentences = [refused[1] for refused in batch.refused if refused is not None]
+        cut = [f"{key} ({n} positions)" for key, n in zip(batch.keys, batch.cuts, strict=True) if n]
+        newest = sentences[0] if what == "refused" and sentences else f"Cut in this batch: {', '.join(cut[:3])}."
+        remedy = "Mend them" if what == "refused" else "Raise llm.max_length"
+        return (
+            f"{count} of {of:,} samples {what}, more than {setting} allows (a share of an epoch). "
+            f"{newest} ledger.jsonl in the run's folder lists all. {remedy}, or raise {setting.partition('=')[0]}."
+        )
 
     def _count(self) -> None:
         """Settle what is pending, if the optimiser has stepped since the last look."""
         steps = self.trainer.global_step if self.trainer is not None else 0
-        if self._pending and steps != self._optimizer_steps:
-            self._digest = hashlib.sha256(json.dumps([self._digest, self._pending]).encode()).hexdigest()
-            self._trained += len(self._pending)
-            self._cut = _plus(self._cut, self._cut_pending)
-            self._pending, self._cut_pending = [], (0, 0)
+        if self._pending_batches and steps != self._optimizer_steps:
+            self._mine += self._pending
+            self._steps += 1
+            self._pending, self._pending_batches = Tally(), 0
         self._optimizer_steps = steps
 
     def train_dataloader(self) -> TimedLoader:
-        steps = self.max_steps * self._accumulate
-        loader = train_loader(
-            self.train,
-            self.processor.prepare,
-            self.processor.collate,
-            self.config,
-            self.seed,
-            start_step=self.start_step,
-            steps=steps,
-        )
-        self._loader = TimedLoader(loader, length=steps)
+        """This process's micro-batches of all steps to come.
+
+        Raises:
+            ValueError: the Trainer accumulates otherwise than ``data.batch_size`` and ``data.micro_batch_size`` say.
+        """
+        accumulation, rank = self.config.accumulation(self._world), 0
+        if self.trainer is not None:
+            rank = self.trainer.global_rank
+            if self.trainer.accumulate_grad_batches != accumulation:
+                raise ValueError(
+                    f"Trainer(accumulate_grad_batches={self.trainer.accumulate_grad_batches}), but "
+                    f"data.batch_size={self.config.batch_size} in micro-batches of "
+                    f"{self.config.micro_batch(self._world)} for {self._world} processes are {accumulation}. Give the "
+                    "Trainer that."
+                )
+        left = max(0, self.max_steps - self._start.step)
+        prepare, collate = self.processor.prepare, self.processor.collate
+        if isinstance(self.train, PipelineSource):
+            loader = pipeline_loader(
+                self.config,
+                prepare,
+                self.processor.blank,
+                collate,
+                seed=self.seed,
+                start_step=self._start.step,
+                steps=left,
+                rank=rank,
+                world=self._world,
+            )
+        else:
+            assert self.stream is not None
+            micro = self.config.micro_batch(self._world)
+            self._sampler = MicroBatchSampler(
+                self.stream, self._start, steps=left, rank=rank, world=self._world, size=micro
+            )
+            loader = train_loader(
+                self.train, prepare, self.processor.blank, collate, self._sampler, self.config, self.seed
+            )
+        self._loader = TimedLoader(loader, length=self.max_steps * accumulation)
         return self._loader
 
     def teardown(self, stage: str) -> None:
@@ -121,56 +204,90 @@ class DeepStackDataModule(lightning.LightningDataModule):
         self.teardown("fit")
 
     def state_dict(self) -> dict[str, Any]:
-        cut = {"cut_positions": self.cut_positions, "cut_answers": self.cut_answers}
-        return {"step": self.step, "keys_digest": self.keys_digest, **cut, **self._identity()}
+        """Plain numbers and words; every process must ask, and all get the same."""
+        tally = self.tally()
+        return {
+            "version": STATE,
+            "position": asdict(self._position()),
+            "tally": tally.to_dict(),
+            "identity": self.identity(),
+            "parts": self.train.parts(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after the batches that were trained.
 
         Raises:
-            ValueError: the data, the seed, the batch size or the accumulation are not those of the checkpoint.
+            ValueError: the data, the seed or what makes batches are not those of the checkpoint.
         """
-        here = self._identity()
-        missing = {"step", "keys_digest", *here} - set(state_dict)
-        if missing:
+        if state_dict.get("version") != STATE:
             raise ValueError(
-                f"the checkpoint does not say its {', '.join(sorted(missing))}: it was written by another version of "
-                "this program. Start a new run from its weights with init_from."
+                f"the checkpoint's data state has version {state_dict.get('version')}, this program reads {STATE}: it "
+                "was written by another version. Start a new run from its weights with init_from."
             )
-        for name, value in here.items():
-            if state_dict[name] != value:
-                setting = _SETTINGS[name]
+        self._require_parts(state_dict["parts"])
+        there, here = state_dict["identity"], self.identity()
+        for name in [*here, *(name for name in there if name not in here)]:
+            if there.get(name) != here.get(name):
                 raise ValueError(
-                    f"the checkpoint was trained with {setting}={state_dict[name]}, this run has {value}: the order of "
-                    f"samples would not go on where it stopped. Restore {setting}, or start a new run from its "
+                    f"the checkpoint was trained with {name}={there.get(name)}, this run has {here.get(name)}: the "
+                    f"order of samples would not go on where it stopped. Restore {name}, or start a new run from its "
                     "weights with init_from."
                 )
-        # Checkpoints from before samples could be cut say nothing of it: nothing was.
-        cut = (state_dict.get("cut_positions", 0), state_dict.get("cut_answers", 0))
-        self._begin(state_dict["step"], state_dict["keys_digest"], cut)
+        self._begin(Position(**state_dict["position"]), Tally.from_dict(state_dict["tally"]))
+        if self.ledger is not None and (self.trainer is None or self.trainer.is_global_zero):
+            self.ledger.go_back(self._start.step)
         # Lightning looks for the position in the loader and would say that it is lost.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 
-    @property
-    def _accumulate(self) -> int:
-        return self.trainer.accumulate_grad_batches if self.trainer is not None else 1
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "fingerprint": self.train.fingerprint,
+    def identity(self) -> dict[str, Any]:
+        """All that the order of samples is made from, by the names a user gives it."""
+        config = self.config
+        values: dict[str, Any] = {
+            "data fingerprint": self.train.fingerprint,
             "seed": self.seed,
-            "batch_size": self.config.batch_size,
-            "accumulate_grad_batches": self._accumulate,
+            "data.batch_size": config.batch_size,
+            "data.stream": config.stream.name,
         }
+        if config.stream is StreamKind.webdataset:
+            return values
+        values |= {
+            "data.batching": config.batching.name,
+            "data.shuffle": config.shuffle.name,
+            "data.remainder": config.remainder.name,
+        }
+        planned = config.batching in (Batching.token_budget, Batching.packed)
+        if config.shuffle is Shuffle.blocks:
+            values["data.block"] = config.block
+        if planned or config.shuffle is Shuffle.blocks:
+            values["data.window"] = config.window
+        if config.batching is Batching.token_budget:
+            values["data.token_budget"] = config.token_budget
+        if planned and self._lengths is not None:
+            values["lengths of samples"] = hashlib.sha256(np.ascontiguousarray(self._lengths).tobytes()).hexdigest()
+        return values
 
+    def _position(self) -> Position:
+        """Where the next step's batch begins."""
+        step = self.step
+        if step == self._start.step or self._sampler is None:
+            return self._start if self._sampler is not None or self.stream is not None else Position(step=step)
+        return self._sampler.position(step)
 
-def _plus(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
-    return one[0] + other[0], one[1] + other[1]
+    def _require_parts(self, there: dict[str, str]) -> None:
+        here = self.train.parts()
+        names = [name for name in [*there, *(n for n in here if n not in there)] if there.get(name) != here.get(name)]
+        if names:
+            first = ", ".join(
+                f"{name} ({'is new' if name not in there else 'is gone' if name not in here else 'has other bytes'})"
+                for name in names[:3]
+            )
+            raise ValueError(
+                f"the data are not those of the checkpoint: {first}{', ...' if len(names) > 3 else ''}; {len(names)} "
+                "of "
+                f"{len(there)} parts in all. Restore them, or start a new run from its weights with init_from."
+            )
 
-
-_SETTINGS = {
-    "fingerprint": "data fingerprint",
-    "seed": "seed",
-    "batch_size": "data.batch_size",
-    "accumulate_grad_batches": "trainer.accumulate_grad_batches",
-}
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1

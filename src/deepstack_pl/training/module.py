@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from math import ceil
+from typing import Any
 
 import lightning
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch
-from deepstack_pl.language.config import TooLong
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.training.config import OptimConfig, StageConfig
 from deepstack_pl.training.parts import PartsTable, apply_stage, optimizer_groups
@@ -62,6 +64,15 @@ class DeepStackModule(lightning.LightningModule):
         assert self.model is not None, "configure_model has not run"
         return self.model
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning counts micro-batches, of which a step may now have another number; what the optimiser has not
+        stepped on is in no weight and will come again.
+        """
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts |= dict.fromkeys(counts, done)
+
     def on_train_start(self) -> None:
         """Rates as this run's schedule says: a checkpoint brings those of the schedule that it was saved under, and
         the first step after a resume with another max_steps would still be made at them.
@@ -77,13 +88,13 @@ class DeepStackModule(lightning.LightningModule):
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         output = self.network(**batch.model_inputs(), use_cache=False)
         loss, samples = output.loss, len(batch.keys)
-        if batch.cut and bool((batch.labels[:, 1:] == IGNORE_INDEX).all()):
-            loss = output.logits.sum() * 0.0  # the cut left nothing to learn: the mean over no token is NaN
+        if bool((batch.labels[:, 1:] == IGNORE_INDEX).all()):
+            loss = output.logits.sum() * 0.0  # rows that only fill it: the mean over no token is NaN
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=samples)
         supervised = (batch.labels[:, 1:] != IGNORE_INDEX).sum()
         values = {"train/loss": loss.detach(), "train/supervised_tokens": supervised.float(), **self._rates()}
-        if self.network.config.sample_too_long == TooLong.cut.value:
-            values["train/cut_positions"] = float(batch.cut)
+        if len(set(batch.sources)) > 1 and self._logs_this_step:
+            values |= losses_by_source(output.logits.detach(), batch)
         self.log_dict(values, batch_size=samples)
         return loss
 
@@ -98,7 +109,23 @@ class DeepStackModule(lightning.LightningModule):
         schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    @property
+    def _logs_this_step(self) -> bool:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it in a connector
+        return (self.trainer.global_step + 1) % every == 0
+
     def _rates(self) -> dict[str, float]:
         """The learning rate of each part in this step."""
         (optimizer,) = self.trainer.optimizers
         return {f"lr/{group['part']}": float(group["lr"]) for group in optimizer.param_groups}
+
+
+def losses_by_source(logits: Float[Tensor, "b t v"], batch: MultimodalBatch) -> dict[str, Tensor]:
+    """``train/loss/SOURCE``: the mean over the supervised tokens of each source in this batch."""
+    found, owners, labels = {}, batch.sample_ids()[:, 1:], batch.labels[:, 1:]
+    for source in sorted({name for name in batch.sources if name}):
+        its = torch.tensor([place for place, name in enumerate(batch.sources) if name == source], device=labels.device)
+        learned = torch.isin(owners, its) & (labels != IGNORE_INDEX)
+        if bool(learned.any()):
+            found[f"train/loss/{source}"] = F.cross_entropy(logits[:, :-1][learned].float(), labels[learned])
+    return found
