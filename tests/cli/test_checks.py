@@ -20,6 +20,7 @@ from deepstack_pl.cli.run import execute
         ("+trainer.max_epochs=2", "a run is trainer.max_steps steps long"),
         ("+trainer.max_time=00:01:00:00", "Ctrl-C ends it earlier"),
         ("+trainer.gradient_clip_val=0.5", "optim.clip_norm"),
+        ("+trainer.accumulate_grad_batches=2", "and data.micro_batch_size (units a forward)"),
         ("+strategy.num_nodes=2", "several devices is not supported yet"),
         ("strategy.devices=2", "strategy.devices=2: Training over several devices is not supported yet"),
         ("strategy.devices=auto", "Say strategy.devices=1"),

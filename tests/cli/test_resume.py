@@ -111,11 +111,11 @@ def test_the_step_is_the_checkpoints_own() -> None:
         step_of(Path("b.ckpt"))
 
 
-def test_accumulation_may_not_change() -> None:
+def test_the_size_of_a_forward_may_change_and_that_of_a_step_may_not() -> None:
     remember(a_run(Path("outputs/a")))
-    with pytest.raises(ValueError, match="accumulate_grad_batches=2 with ckpt_path: outputs/a was trained with 1"):
-        go_on("ckpt_path=last", "+trainer.accumulate_grad_batches=2")
-    assert go_on("ckpt_path=last", "+trainer.accumulate_grad_batches=1")
+    assert go_on("ckpt_path=last", "data.micro_batch_size=2").run.data.accumulation() == 32
+    with pytest.raises(ValueError, match=r"data\.batch_size=32 with ckpt_path: outputs/a would no longer be the run"):
+        go_on("ckpt_path=last", "data.batch_size=32")
 
 
 def test_only_one_run_is_gone_on_with() -> None:

@@ -88,17 +88,22 @@ def test_deepstack_l_hd_trains_proven_and_counts_what_it_cuts(capsys: pytest.Cap
     whole = start("model=deepstack_l_hd", folder=Path("whole"))
     assert (whole["status"], whole["receipt"]) == ("finished", {"ok": True, "injections": 4})
     assert whole["tokens_per_image"] == {"seen": 25 * 16, "context": 5 * 16 + 4 * 4}  # 1 x 4 tiles: most newlines
-    assert whole["data"]["cut_positions"] == 0
-    assert "cut off" not in capsys.readouterr().out
+    assert whole["data"]["trained"]["cut_positions"] == 0
+    assert "cut:" not in capsys.readouterr().out
     length = len(
         make_processor(run_of(*TINY, "model=deepstack_l_hd")).prepare(open_sources(run_of(*TINY).data)[0][0]).labels
     )
-    cut = ("llm.too_long=cut", f"llm.max_length={length - 3}")
-    with pytest.raises(ValueError, match="which counts what it cuts"):
-        start("model=deepstack_l_hd", cut[1], folder=Path("refused"))
-    lost = start("model=deepstack_l_hd", *cut, folder=Path("cut"))["data"]["cut_positions"]
-    assert lost == 3 * 4 * 3, "three steps of four samples, all of one length"
-    assert f"cut off, of samples longer than llm.max_length: {lost} positions" in capsys.readouterr().out
+    cut = ("model=deepstack_l_hd", f"llm.max_length={length - 3}")
+    with pytest.raises(ValueError, match=r"samples refused, more than data\.max_refused=0\.0.*llm\.too_long=cut_text"):
+        start(*cut, "llm.too_long=refuse", folder=Path("refused"))
+    with pytest.raises(ValueError, match=r"samples cut, more than data\.max_cut=0\.05.*Raise llm\.max_length"):
+        start(*cut, folder=Path("too many"))
+    for how in ("cut", "cut_text"):
+        folder = Path(how)
+        trained = start(*cut, f"llm.too_long={how}", "data.max_cut=1", folder=folder)["data"]["trained"]
+        assert trained["cut_positions"] == 3 * 4 * 3, "three steps of four samples, all of one length"
+        assert "cut: 12 samples longer than llm.max_length, 36 positions" in capsys.readouterr().out
+        assert len((folder / "ledger.jsonl").read_text().splitlines()) == 12
 
 
 def test_a_peak_of_an_earlier_run_is_not_reported_as_this_ones() -> None:
@@ -118,14 +123,9 @@ def test_threads_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyP
     assert told == [2]
 
 
-def test_a_run_of_before_samples_could_be_cut_goes_on_and_starts_others() -> None:
-    """Its checkpoint and its config.json say nothing of values that came later."""
+def test_a_run_of_before_later_values_starts_others() -> None:
+    """Its config.json says nothing of values that came later."""
     start("callbacks.checkpoint.every_steps=1", folder=Path("old"))
-    file = Path("old/checkpoints/last.ckpt")
-    saved = torch.load(file, weights_only=True)
-    for name in ("cut_positions", "cut_answers"):
-        del saved["DeepStackDataModule"][name]
-    torch.save(saved, file)
     values = json.loads(Path("old/config.json").read_text())
     for key in ("projector_sharing", "sample_too_long", "published"):
         del values[key]
@@ -136,7 +136,6 @@ def test_a_run_of_before_samples_could_be_cut_goes_on_and_starts_others() -> Non
         del injection["source"]
     Path("old/config.json").write_text(json.dumps(values))
     assert start("init_from=old", folder=Path("new"))["status"] == "finished"
-    assert go_on("ckpt_path=old", "trainer.max_steps=4")["steps"] == 4
 
 
 def test_a_question_that_is_too_long_is_refused_before_the_first_step() -> None:

@@ -10,7 +10,8 @@ from rich.console import Console
 from deepstack_pl.cli.report import duration, print_report, write_failure
 from deepstack_pl.cli.sweep import fairness, read_arms, report
 
-DATA = {"order_digest": "order", "cut_positions": 0, "cut_answers": 0, "fingerprint": {"train": "t", "val": "v"}}
+TRAINED = {"samples": 9, "sources": {}, "refused": {}, "cut_samples": 0, "cut_positions": 0, "cut_answers": 0}
+DATA = {"name": "x", "order_digest": "order", "trained": TRAINED, "fingerprint": {"train": "t", "val": "v"}}
 
 
 def results(accuracy: float, **changes: Any) -> dict[str, Any]:

@@ -8,14 +8,21 @@ from typing import Any
 
 import lightning
 from hydra.utils import instantiate
+from jaxtyping import Int
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from numpy import ndarray
 from transformers.utils import CONFIG_NAME
 
 from deepstack_pl.cli.checks import check_vocabulary
 from deepstack_pl.config.run import RunConfig
-from deepstack_pl.data.sources import Source, open_sources
+from deepstack_pl.data.config import Batching, StreamKind
+from deepstack_pl.data.folders import open_folder
+from deepstack_pl.data.lengths import measure_lengths
+from deepstack_pl.data.pipeline import PipelineSource
+from deepstack_pl.data.records import Outline, Source
+from deepstack_pl.data.sources import ShardSource, open_sources
 from deepstack_pl.evaluation.callback import GenerationCallback
 from deepstack_pl.inspection.callback import InspectionCallback
 from deepstack_pl.language.config import LLMInit
@@ -27,6 +34,7 @@ from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.training.datamodule import DeepStackDataModule
 from deepstack_pl.training.guard import FirstStepGuard
 from deepstack_pl.training.interrupt import GracefulStop
+from deepstack_pl.training.ledger import DataCounts, Ledger
 from deepstack_pl.training.module import DeepStackModule
 from deepstack_pl.training.parts import part_configs
 from deepstack_pl.training.throughput import Throughput
@@ -40,7 +48,7 @@ class Assembly:
     """One run, ready to start."""
 
     processor: DeepStackProcessor
-    train: Source
+    train: Source | PipelineSource
     val: Source
     module: DeepStackModule
     datamodule: DeepStackDataModule
@@ -126,6 +134,7 @@ def make_processor(run: RunConfig, start: str | None = None) -> DeepStackProcess
         template=run.llm.template,
         max_length=run.llm.max_length,
         too_long=run.llm.too_long,
+        backend=run.data.views.backend,
     )
 
 
@@ -139,23 +148,59 @@ def assemble(run: RunConfig, folder: Path, *, fresh: bool = True) -> Assembly:
     start = origin(run, None if fresh else folder)
     processor = make_processor(run, start)
     check_vocabulary(run, processor)
-    train, val = open_sources(run.data)  # after what is quick to refuse: it may write a whole set
+    train, val = open_data(run)  # after what is quick to refuse: it may write a whole set
     build = model_builder(run, processor.image_token_id, fresh=fresh, start=start)
     module = DeepStackModule(build, run.stage, run.optim, steps)
     module.configure_model()
     generation, stop = GenerationCallback(val, processor, run.evaluation), GracefulStop()
     inspection = InspectionCallback(processor, generation)
-    callbacks = [*machines(run, folder), FirstStepGuard(), stop, generation, inspection]
+    callbacks = [*machines(run, folder), FirstStepGuard(), stop, generation, inspection, DataCounts()]
     return Assembly(
         processor=processor,
         train=train,
         val=val,
         module=module,
-        datamodule=DeepStackDataModule(train, val, processor, run.data, run.seed, steps),
+        datamodule=DeepStackDataModule(
+            train,
+            val,
+            processor,
+            run.data,
+            run.seed,
+            steps,
+            lengths=lengths_of(train, processor, run),
+            ledger=Ledger(folder),
+        ),
         trainer=build_trainer(run, folder, callbacks, logger_of(run, folder)),
         inspection=inspection,
         stop=stop,
     )
+
+
+def open_data(run: RunConfig) -> tuple[Source | PipelineSource, Source]:
+    """What is trained on, and what is validated with, which always lies behind an index."""
+    if run.data.stream is StreamKind.webdataset:
+        return PipelineSource(run.data), ShardSource(open_folder(run.data.root, "val", run.data))
+    return open_sources(run.data)
+
+
+def lengths_of(
+    train: Source | PipelineSource, processor: DeepStackProcessor, run: RunConfig
+) -> Int[ndarray, " n"] | None:
+    """The positions of each sample, measured once and kept, where batches are planned with them."""
+    if isinstance(train, PipelineSource) or run.data.batching in (Batching.samples, Batching.modality_length):
+        return None
+    return measure_lengths(
+        train,
+        partial(positions_of, processor),
+        processor.positions_digest,
+        Path(run.data.cache),
+        max(1, run.data.workers),
+    )
+
+
+def positions_of(processor: DeepStackProcessor, outline: Outline) -> int:
+    """The positions of one sample before it is cut; for `measure_lengths`, whose processes import it by name."""
+    return processor.positions(outline.turns, outline.sizes)
 
 
 def machines(run: RunConfig, folder: Path) -> list[Callback]:
@@ -184,6 +229,7 @@ def build_trainer(
         "default_root_dir": str(folder),
         "gradient_clip_val": run.optim.clip_norm or None,
         "max_epochs": -1,
+        "accumulate_grad_batches": run.data.accumulation(),
         "devices": 1,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,

@@ -24,6 +24,8 @@ _TAKEN = {
     "max_epochs": "a run is trainer.max_steps steps long, where the learning rate's decay ends. Say that.",
     "max_time": "a run is trainer.max_steps steps long; Ctrl-C ends it earlier, with a checkpoint and a report.",
     "gradient_clip_val": "the optimiser's options say it: optim.clip_norm.",
+    "accumulate_grad_batches": "it follows from data.batch_size (units a step) and data.micro_batch_size (units a "
+    "forward). Say those.",
     "num_nodes": f"{_ONE_DEVICE}. Leave it out.",
 }
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from deepstack_pl.config.run import RunConfig
+from deepstack_pl.data.pipeline import PipelineSource
 from deepstack_pl.data.sources import Source
 from deepstack_pl.multimodal.build import parts
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.training.tally import Tally
 
 _PACKAGES = {
     "torch": "torch",
@@ -87,15 +89,21 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def data_of(train: Source, val: Source, run: RunConfig) -> dict[str, Any]:
-    """Which samples; ``order_digest``, of what was trained on and in what order, is added once it was."""
+def data_of(train: Source | PipelineSource, val: Source, run: RunConfig) -> dict[str, Any]:
+    """Which samples; ``order_digest`` and the counts of what was trained on are added once it was."""
     return {
         "name": run.data.name,
         "fingerprint": {"train": train.fingerprint, "val": val.fingerprint},
-        "samples": {"train": len(train), "val": len(val)},
-        "cut_positions": 0,
-        "cut_answers": 0,
+        "samples": {"train": None if isinstance(train, PipelineSource) else len(train), "val": len(val)},
+        **counts(Tally()),
     }
+
+
+def counts(tally: Tally) -> dict[str, Any]:
+    """What was trained on, for the record; ``order_digest`` is empty before the first sample."""
+    found = tally.to_dict()
+    order = found.pop("order")
+    return {"order_digest": f"{order:016x}" if tally.seen else "", "trained": found}
 
 
 def weight_digests(model: DeepStackForConditionalGeneration) -> dict[str, dict[str, str]]:

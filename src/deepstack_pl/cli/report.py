@@ -59,11 +59,10 @@ def summary(results: dict[str, Any], folder: Path) -> list[str]:
     speed = results["tokens_per_second"]
     receipt = "every injection proven" if results["plan"]["injections"] else "an empty plan, nothing is stacked"
     begun = [f"started from the weights of {results['init_from']}"] if results["init_from"] else []
-    cut, untaught = results["data"]["cut_positions"], results["data"]["cut_answers"]
-    lost = f"cut off, of samples longer than llm.max_length: {cut:,} positions; {untaught:,} samples lost all answers"
     return [
         *begun,
-        *([lost] if cut else []),
+        f"data: {results['data']['name']}, fingerprint {results['data']['fingerprint']['train'][:12]}",
+        *_data(results["data"]["trained"]),
         f"visual tokens per image: {tokens['seen']} seen, {tokens['context']} in the context",
         f"parameters: {parameters['total']:,}, of which {parameters['trained']:,} trained",
         f"time: {duration(seconds['train'])} training, {duration(seconds['evaluate'])} evaluation"
@@ -71,6 +70,22 @@ def summary(results: dict[str, Any], folder: Path) -> list[str]:
         f"receipt: {receipt}",
         f"run: {relative(folder)}  (results.json; tensorboard --logdir outputs)",
     ]
+
+
+def _data(trained: dict[str, Any]) -> list[str]:
+    """What was not trained on as it stands in the data; and on what, where there are several sources."""
+    lines = []
+    if len(trained["sources"]) > 1:
+        by = ", ".join(f"{count:,} {name}" for name, count in trained["sources"].items())
+        lines.append(f"trained on {trained['samples']:,} samples: {by}")
+    if trained["refused"]:
+        by = ", ".join(f"{count:,} {reason}" for reason, count in trained["refused"].items())
+        lines.append(f"refused: {by}  (ledger.jsonl)")
+    if trained["cut_samples"]:
+        lost = f"; {trained['cut_answers']:,} lost all answers" if trained["cut_answers"] else ""
+        what = f"{trained['cut_samples']:,} samples longer than llm.max_length, {trained['cut_positions']:,} positions"
+        lines.append(f"cut: {what}{lost}  (ledger.jsonl)")
+    return lines
 
 
 def print_report(console: Console, results: dict[str, Any], folder: Path) -> None:

@@ -27,7 +27,13 @@ FREE = (
     "data.root",
     "data.path",
     "data.images",
+    "data.shards",
+    "data.cache",
+    "data.cache_gb",
     "data.workers",
+    "data.micro_batch_size",
+    "data.max_refused",
+    "data.max_cut",
 )
 
 
@@ -68,7 +74,6 @@ def prepare(wanted: str, overrides: Sequence[Override], flags: Sequence[str], sc
     folder = newest() if wanted == "last" else _folder(Path(wanted))
     changes = [_allowed(o, schema, folder) for o in overrides if o.key_or_group != "ckpt_path"]
     run = load(folder / CONFIG, changes)
-    _same_accumulation(load(folder / CONFIG, []), run, folder)
     file = folder / RESULTS
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     done, steps = results.get("steps", 0), run.trainer["max_steps"]
@@ -108,17 +113,6 @@ def _checkpoint(wanted: str, folder: Path) -> Path:
         there = ", ".join(file.name for file in sorted(named.parent.glob("*.ckpt"))) or "none"
         raise ValueError(f"ckpt_path={wanted}: there is no such file. Checkpoints of this run: {there}.")
     return named
-
-
-def _same_accumulation(saved: RunConfig, run: RunConfig, folder: Path) -> None:
-    """Samples per step are part of the experiment, though the Trainer counts them."""
-    there, here = (r.trainer.get("accumulate_grad_batches", 1) for r in (saved, run))
-    if there != here:
-        raise ValueError(
-            f"trainer.accumulate_grad_batches={here} with ckpt_path: {relative(folder)} was trained with {there}, and "
-            "the order of its samples would not go on where it stopped. Leave it as saved, or start a new run with "
-            f"init_from={relative(folder)}."
-        )
 
 
 def _folder(named: Path) -> Path:

@@ -69,6 +69,8 @@ def execute(
     work = assemble(run, folder, fresh=resumed is None)
     for split, source in (("training", work.train), ("validation", work.val)):
         console.print(f"{split}: {source.describe()}", markup=False, highlight=False, soft_wrap=True)
+    if work.datamodule.stream is not None:
+        console.print(f"order: {work.datamodule.stream.describe()}", markup=False, highlight=False, soft_wrap=True)
     assert work.module.parts is not None
     console.print(work.module.parts.table())
     if run.trial is DryRun.step:
@@ -159,9 +161,7 @@ class _Run:
         finally:
             self._count(time.perf_counter() - start)
         self.results |= {"steps": self._step, "interrupted": self._step < self.run.trainer["max_steps"]}
-        cut = {"cut_positions": work.datamodule.cut_positions, "cut_answers": work.datamodule.cut_answers}
-        self.results["data"] |= cut
-        self.results["data"]["order_digest"] = work.datamodule.keys_digest[:16]
+        self.results["data"] |= provenance.counts(work.datamodule.tally())
         (self.folder / "hparams.yaml").unlink(missing_ok=True)  # the TensorBoard logger's; config.yaml says it all
         work.module.network.save_pretrained(self.folder)
         work.processor.save_pretrained(self.folder)

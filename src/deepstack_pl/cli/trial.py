@@ -4,34 +4,32 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from deepstack_pl.batch import MultimodalBatch, Record
+from deepstack_pl.batch import MultimodalBatch, Record, Refused, Sample
 from deepstack_pl.cli.assemble import Assembly, build_trainer
 from deepstack_pl.cli.provenance import Memory
 from deepstack_pl.cli.report import duration
 from deepstack_pl.config.run import RunConfig
+from deepstack_pl.data.config import Batching, DataConfig
+from deepstack_pl.data.pipeline import PipelineSource
 from deepstack_pl.data.sources import Source
 from deepstack_pl.inspection.receipt import take_receipt
+from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.vision.views import full_grid_size
 
 _LOOKED_AT = 256  # samples among which a trial step looks for the longest
 
 
 def one_step(run: RunConfig, folder: Path, work: Assembly, console: Console, memory: Memory) -> None:
-    """A real step on the worst case: a full batch of the longest sample, its images filling the largest grid."""
+    """A real step on the worst case: a full micro-batch of the longest sample, its images filling the largest grid."""
     processor = work.processor
     take_receipt(work.module.network, processor).require()
-    sample = max(
-        (processor.prepare(_largest(record, processor)) for record in _first(work.train)),
-        key=lambda s: len(s.input_ids),
-    )
-    batch = processor.collate([sample] * run.data.batch_size)
-    trainer = build_trainer(
-        run, folder, [], None, max_steps=1, enable_checkpointing=False, enable_progress_bar=False, log_every_n_steps=1
-    )
+    sample = _longest(work.val if isinstance(work.train, PipelineSource) else work.train, processor)
+    batch = processor.collate([sample] * _rows(run.data, len(sample.input_ids)))
+    once = {"max_steps": 1, "accumulate_grad_batches": 1, "log_every_n_steps": 1}
+    trainer = build_trainer(run, folder, [], None, **once, enable_checkpointing=False, enable_progress_bar=False)
     start = time.perf_counter()
     trainer.fit(work.module, train_dataloaders=_Once(batch))
     rows, length = batch.input_ids.shape
@@ -54,10 +52,26 @@ class _Once:
         yield self.batch
 
 
-def _first(source: Source) -> Iterator[Record]:
-    return (source[index] for index in range(min(len(source), _LOOKED_AT)))
+def _rows(config: DataConfig, length: int) -> int:
+    """Samples of ``length`` positions in one forward."""
+    each = max(1, config.token_budget // length) if config.batching is Batching.token_budget else 1
+    return config.micro_batch() * each
 
 
-def _largest(record: Record, processor: Any) -> Record:
+def _longest(source: Source, processor: DeepStackProcessor) -> Sample:
+    """Of the first samples that can be trained on the longest, its images filling the largest grid."""
+    samples: list[Sample] = []
+    refused: list[Refused] = []
+    for index in range(min(len(source), _LOOKED_AT)):
+        try:
+            samples.append(processor.prepare(_largest(source[index], processor)))
+        except Refused as error:
+            refused.append(error)
+    if not samples:
+        raise refused[0]
+    return max(samples, key=lambda sample: len(sample.input_ids))
+
+
+def _largest(record: Record, processor: DeepStackProcessor) -> Record:
     size = full_grid_size(processor.plan, processor.vision)
     return replace(record, images=tuple(image.resize(size) for image in record.images))

@@ -1,7 +1,7 @@
 """Values that no run can mean, and values that do not go together: what only the parent of all sections can see."""
 
 from deepstack_pl.config.run import RunConfig
-from deepstack_pl.data.config import Source
+from deepstack_pl.data.config import Batching, DataConfig, Source, StreamKind
 from deepstack_pl.language.config import LLMInit
 from deepstack_pl.multimodal.config import build_plan, check_projector
 from deepstack_pl.vision.config import VisionInit
@@ -63,12 +63,47 @@ def _check_data(run: RunConfig) -> None:
             "fine facts are those that the global view cannot show, so pages must be drawn for the size it has. Say "
             f"data.fine_print.view_size={run.vision.image_size}, or take another data=."
         )
-    given = [f"data.{name}={value}" for name, value in (("path", data.path), ("images", data.images)) if value]
-    if given and data.source is not Source.llava_json:
+    _check_read(data)
+    if data.batching is Batching.packed:
         raise ValueError(
-            f"{', '.join(given)}: data.source={data.source.name} does not read it. Say data=llava_json, which does, or "
-            "leave it out."
+            "data.batching=packed: the rows are planned (deepstack shards plan shows how full they are), but the "
+            "attention that keeps their segments apart is not built yet. Say data.batching=modality_length."
         )
+    if data.stream is StreamKind.webdataset and data.batching is not Batching.samples:
+        raise ValueError(
+            f"data.batching={data.batching.name} with data.stream=webdataset: the library's pipeline knows no lengths "
+            "before it reads. Say data.batching=samples, or data.stream=indexed."
+        )
+
+
+_OF_CORPORA = ((Source.llava_json, Source.corpus), "data=llava_json, or a corpus such as data=llava665k")
+_OF_SHARDS = ((Source.shards,), "data=shards")
+_READ_BY = {
+    "path": _OF_CORPORA,
+    "images": _OF_CORPORA,
+    "shards": ((Source.corpus,), "a corpus such as data=llava665k"),
+    "mixture": _OF_SHARDS,
+    "urls": _OF_SHARDS,
+}
+
+
+def _check_read(data: DataConfig) -> None:
+    """What is given is read: by this source, and by this stream."""
+    values = {"path": data.path, "images": data.images, "shards": data.shards, "urls": data.urls}
+    values["mixture"] = "[...]" if data.mixture else None
+    for name, value in values.items():
+        sources, say = _READ_BY[name]
+        if value and data.source not in sources:
+            raise ValueError(
+                f"data.{name}={value}: data.source={data.source.name} does not read it. Say {say}, or leave it out."
+            )
+    if (data.stream is StreamKind.webdataset) is not bool(data.urls):
+        raise ValueError(
+            f"data.stream={data.stream.name} with data.urls={data.urls}: the webdataset stream reads its training "
+            "shards from data.urls, the indexed one from data.root. Give stream=webdataset and urls together."
+        )
+    if data.urls and data.mixture:
+        raise ValueError("data.mixture with data.stream=webdataset: mixtures are drawn by index. Take one of the two.")
 
 
 def _check_steps(run: RunConfig) -> None:
@@ -90,10 +125,9 @@ def _check_optim(run: RunConfig) -> None:
 
 
 def _check_evaluation(run: RunConfig) -> None:
-    for name, value in (("data.batch_size", run.data.batch_size), ("evaluation.batch_size", run.evaluation.batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: a batch holds 1 sample or more.")
     evaluation = run.evaluation
+    if evaluation.batch_size < 1:
+        raise ValueError(f"evaluation.batch_size={evaluation.batch_size}: a batch holds 1 sample or more.")
     for name, value in (
         ("samples", evaluation.samples),
         ("final_samples", evaluation.final_samples),
