@@ -74,18 +74,42 @@ def test_every_command_composes(command: str, tmp_path: Path) -> None:
     assert "what learns" in done.stdout
 
 
+def typed(text: str, command: str) -> list[list[str]]:
+    return [line.split("  #")[0].split() for line in re.findall(rf"^ +deepstack ({command} .*)$", text, re.M)]
+
+
+def deepstack(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    script = Path(sys.executable).with_name("deepstack")
+    return subprocess.run([script, *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.slow
-def test_the_deepstack_commands_do_what_stands_beside_them(tmp_path: Path) -> None:
-    typed = [line.split("  #")[0].split() for line in re.findall(r"^ +deepstack (.*)$", README, re.M)]
-    assert [words[0] for words in typed] == ["parity", "convert", "convert"]
+def test_the_commands_for_published_models_do_what_stands_beside_them(tmp_path: Path) -> None:
+    words = typed(README, "(?:parity|convert)")
+    assert [each[0] for each in words] == ["parity", "convert", "convert"]
     save_a_run(tmp_path / "outputs" / "RUN")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    script = Path(sys.executable).with_name("deepstack")
-    parity, by_name, back = (
-        subprocess.run([script, *words], cwd=tmp_path, capture_output=True, text=True, check=False) for words in typed
-    )
+    parity, by_name, back = (deepstack(each, tmp_path) for each in words)
     assert (parity.returncode, back.returncode) == (0, 0), parity.stdout + back.stderr
     assert "24 cases: 24 equal the published code" in parity.stdout
     assert (tmp_path / "theirs" / "model.safetensors").is_file()
     assert by_name.returncode == 1  # offline
     assert "menglc/deepstack-l-vicuna-7b" in by_name.stderr
+
+
+@pytest.mark.slow
+def test_the_commands_for_corpora_do_what_stands_beside_them(tmp_path: Path) -> None:
+    """The README's and docs/data.md's, one after the other."""
+    script = ROOT / "tests" / "data" / "replicas.py"
+    subprocess.run([sys.executable, str(script), "llava665k", str(tmp_path / "DIR"), "--clean"], check=True)
+    words = typed(README, "shards")
+    assert [each[1] for each in words] == ["build", "verify", "show", "plan"]
+    build, verify, show, plan = (deepstack(each, tmp_path) for each in words)
+    for done in (build, verify, show, plan):
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "all whole" in verify.stdout
+    assert list((tmp_path / "outputs" / "show").glob("*.html"))
+    for batching in ("samples", "modality_length", "token_budget", "packed"):
+        assert batching in plan.stdout
+    for each in typed((ROOT / "docs" / "data.md").read_text(encoding="utf-8"), "shards"):
+        assert each in words or deepstack(each, tmp_path).returncode == 0

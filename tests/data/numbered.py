@@ -39,6 +39,9 @@ class Numbers:
             raise Refused(Reason.image, f"{self.key(index)}: no picture.")
         return Outline(self.key(index), (), ())
 
+    def stored(self, index: int, /) -> tuple[bytes, list[bytes]]:
+        return f"{self.name}{index}".encode(), []
+
     def parts(self) -> dict[str, str]:
         return {"numbers": self.fingerprint}
 

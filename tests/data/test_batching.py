@@ -1,5 +1,8 @@
 """Batches of like samples: against a slow spelling-out of LLaVA's sampler, and within their budgets."""
 
+from collections import Counter
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -99,16 +102,14 @@ def test_bins_hold_every_sample_once_and_no_more_than_the_budget_with_padding(le
     assert sorted(number for unit in units for number in unit) == numbers.tolist()
     padded = [len(unit) * max(lengths[number - 100] for number in unit) for unit in units]
     assert max(padded) <= budget
-    for unit, following in zip(units, units[1:], strict=False):
+    for unit, following in pairwise(units):
         longest = max(lengths[number - 100] for number in unit)
         assert (len(unit) + 1) * longest > budget, "one more would not have fitted"
         assert min(lengths[n - 100] for n in unit) >= max(lengths[n - 100] for n in following), "like lengths together"
 
 
 def test_a_sample_longer_than_the_budget_is_refused_by_name() -> None:
-    with pytest.raises(
-        ValueError, match=r"^\d+ has 50 positions, more than data\.token_budget=49: .* Raise data\.token"
-    ):
+    with pytest.raises(ValueError, match=r"^\d+ has 50 positions, more than data\.token_budget=49: .* Raise"):
         stream_of(100, batching=Batching.token_budget, token_budget=49)
 
 

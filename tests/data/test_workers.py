@@ -88,6 +88,18 @@ def test_workers_ignore_interrupts_and_take_one_thread() -> None:
         torch.set_num_threads(1)
 
 
+def test_whatever_process_is_started_so_takes_one_thread() -> None:
+    """DataLoader's workers do already; those that measure lengths would not."""
+    handler = signal.getsignal(signal.SIGINT)
+    torch.set_num_threads(2)
+    try:
+        start_worker()
+        assert torch.get_num_threads() == 1
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        torch.set_num_threads(1)
+
+
 def refuse_threes(record: Record) -> Sample:
     if record.key == "3":
         raise Refused(Reason.too_long, "3: it is too long.")

@@ -172,7 +172,7 @@ def take(n: int, entry: MixtureEntry, text: str) -> Int[ndarray, " taken"]:
     kind, _, amount = entry.take.partition(":")
     if kind == "all":
         return np.arange(n)
-    # Fractions, since 3000 * 1.1 / 100 is more than 33 in floating point, and is rounded up.
+    # Fractions, since 500 * 32.2 / 100 is more than 161 in floating point, and is rounded up.
     count = math.ceil(n * Fraction(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
     if not 1 <= count <= n:
         raise ValueError(
