@@ -28,6 +28,7 @@ FREE = (
     "data.path",
     "data.images",
     "data.shards",
+    "data.mixture",  # its roots may move; what it comes to is in the fingerprint
     "data.cache",
     "data.cache_gb",
     "data.workers",

@@ -18,7 +18,7 @@ from deepstack_pl.batch import MultimodalBatch
 from deepstack_pl.data.config import Batching, DataConfig, Shuffle, StreamKind
 from deepstack_pl.data.pipeline import PipelineSource, pipeline_loader
 from deepstack_pl.data.records import Source
-from deepstack_pl.data.stream import MicroBatchSampler, Position, Stream, train_loader
+from deepstack_pl.data.stream import ORDER_VERSION, MicroBatchSampler, Position, Stream, train_loader
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.training.tally import Tally, over_all
 from deepstack_pl.training.throughput import TimedLoader
@@ -252,6 +252,7 @@ class DeepStackDataModule(lightning.LightningDataModule):
         if config.stream is StreamKind.webdataset:
             return values
         values |= {
+            "version of the order": ORDER_VERSION,
             "data.batching": config.batching.name,
             "data.shuffle": config.shuffle.name,
             "data.remainder": config.remainder.name,
