@@ -12,7 +12,7 @@ from deepstack_pl.evaluation.config import EvaluationConfig
 from deepstack_pl.evaluation.runner import evaluate, generate, stop_ids
 from deepstack_pl.language.template import TEMPLATES
 
-CONFIG = EvaluationConfig(name="small", samples=8, batch_size=4, max_new_tokens=6)
+CONFIG = EvaluationConfig(name="small", samples=8, batch_size=4, max_new_tokens=9)
 
 
 @pytest.fixture(scope="module")

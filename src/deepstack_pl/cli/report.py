@@ -59,8 +59,10 @@ def summary(results: dict[str, Any], folder: Path) -> list[str]:
     speed = results["tokens_per_second"]
     receipt = "every injection proven" if results["plan"]["injections"] else "an empty plan, nothing is stacked"
     begun = [f"started from the weights of {results['init_from']}"] if results["init_from"] else []
+    left = results.get("not_asked", [])
     return [
         *begun,
+        *([f"not asked: {len(left)} held-out samples (results.json has all). {left[0]}"] if left else []),
         f"data: {results['data']['name']}, fingerprint {results['data']['fingerprint']['train'][:12]}",
         *_data(results["data"]["trained"]),
         f"visual tokens per image: {tokens['seen']} seen, {tokens['context']} in the context",

@@ -191,6 +191,7 @@ class _Run:
         status = "interrupted" if self.results["interrupted"] else "finished"
         peaks = self.memory.peaks()
         self.results |= {"status": status, "metrics": found.metrics, "peak_memory_bytes": peaks}
+        self.results["not_asked"] = list(found.not_asked)
         write_results(self.folder, self.results)
 
     def _say_how_to_go_on(self, error: BaseException) -> None:

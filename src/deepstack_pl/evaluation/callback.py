@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import lightning
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from deepstack_pl.batch import Record
@@ -28,6 +29,7 @@ class GenerationCallback(lightning.Callback):
     Attributes:
         last_step: the step of the newest validation; -1 before the first.
         last_results: what it found.
+        not_asked: of the samples that evaluation looks at, why some cannot be asked.
         pages: a few of its samples, of every kind, for pictures: what was asked, and what came.
     """
 
@@ -42,15 +44,18 @@ class GenerationCallback(lightning.Callback):
         self.pages_per_kind = pages_per_kind
         self.last_step = -1
         self.last_results: Results | None = None
+        self.not_asked: list[str] = []
         self.pages: list[tuple[Record, SampleResult]] = []
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Before step 0, and not after hours of training.
 
         Raises:
-            ValueError: an answer is longer than ``evaluation.max_new_tokens``.
+            ValueError: no sample of a kind can be asked, or one cannot be read.
         """
-        require_room(self.processor, self.source, self.config)
+        self.not_asked = require_room(self.processor, self.source, self.config)
+        if self.not_asked:
+            rank_zero_warn(f"{len(self.not_asked)} samples will not be asked in evaluation. {self.not_asked[0]}")
 
     def on_train_batch_end(
         self,

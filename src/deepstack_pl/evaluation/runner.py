@@ -1,5 +1,6 @@
 """Evaluation by generation: greedy answers, scored fact by fact. Works wherever the model is."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -44,10 +45,11 @@ class SampleResult:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What an evaluation found: numbers by kind, and every sample behind them."""
+    """What an evaluation found: numbers by kind, every sample behind them, and why others are not."""
 
     metrics: dict[str, dict[str, Any]]
     records: tuple[SampleResult, ...]
+    not_asked: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -58,7 +60,8 @@ def evaluate(
     samples: int,
     progress: Progress | None = None,
 ) -> Results:
-    """Answer the first ``samples`` samples of ``source`` and score them. Uses no random numbers; leaves modes alone.
+    """Answer the first ``samples`` samples of ``source`` and score them, but for those that cannot be asked. Uses no
+    random numbers; leaves modes alone.
 
     Raises:
         ValueError: there is nothing to evaluate, or a sample has no answer to compare with.
@@ -71,18 +74,29 @@ def evaluate(
         )
     task = progress.add_task("evaluating", total=count) if progress else None
     records: list[SampleResult] = []
+    left, stops = [], stop_ids(processor)
     with evaluating(model):
         for start in range(0, count, config.batch_size):
             indices = range(start, min(start + config.batch_size, count))
-            batch = [source[index] for index in indices]
-            predictions = generate(model, processor, batch, config.max_new_tokens)
-            records += [_result(*each) for each in zip(indices, batch, predictions, strict=True)]
+            batch: list[tuple[int, Record]] = []
+            for index in indices:
+                record = source[index]
+                why = not_asked(processor, record, config, stops)
+                if why is None:
+                    batch.append((index, record))
+                else:
+                    left.append(why)
+            if batch:
+                predictions = generate(model, processor, [record for _, record in batch], config.max_new_tokens)
+                records += [_result(*each, answer) for each, answer in zip(batch, predictions, strict=True)]
             if progress and task is not None:
                 progress.advance(task, len(indices))
+    if not records:
+        raise ValueError(f"nothing to evaluate: none of {count} samples can be asked; {left[0]}")
     metric = FactAccuracy(sorted({record.kind for record in records}), config.confidence)
     for record in records:
         metric.update(record.kind, record.correct, record.exact)
-    return Results(metric.compute(), tuple(records))
+    return Results(metric.compute(), tuple(records), tuple(left))
 
 
 def generate(
@@ -115,39 +129,52 @@ def stop_ids(processor: DeepStackProcessor) -> list[int]:
     return sorted(found)
 
 
-def require_room(processor: DeepStackProcessor, source: Source, config: EvaluationConfig) -> None:
-    """Refuse a limit that would cut right answers short, and so score them wrong, and questions beyond the context.
-    Looks at text alone, and at the images of questions that may be too long.
-
-    Raises:
-        ValueError: the longest answer among those that will be asked for is longer than ``config.max_new_tokens``, or a
-            question is longer than the context.
+def not_asked(
+    processor: DeepStackProcessor, record: Record, config: EvaluationConfig, stops: list[int]
+) -> str | None:
+    """Why ``record`` cannot be asked: its question is longer than the context, or the limit would cut a right answer
+    short, and so score it wrong. None where it can.
     """
-    count = min(max(config.samples, config.final_samples), len(source))
-    stops, length, key = stop_ids(processor), 0, ""
-    for index in range(count):
-        record = source[index]
-        length, key = max((length, key), (_answer_length(processor, record, stops), record.key))
-        _require_context(processor, record)
-    if length > config.max_new_tokens:
-        raise ValueError(
-            f"sample {key!r}: its answer and its end are {length} tokens, but evaluation.max_new_tokens="
-            f"{config.max_new_tokens}: a right answer would be cut short and scored as wrong. Set "
-            f"evaluation.max_new_tokens={length}, which is enough for all {count} samples that are evaluated."
-        )
-
-
-def _require_context(processor: DeepStackProcessor, record: Record) -> None:
-    """A question that may not fit is made, which says so; the others cost nothing but their ids."""
+    _answer(record)
     ids = encode_prompt(record.turns[:-1], processor.template, processor.tokenizer)
     most = processor.plan.context_tokens(processor.tokens_per_view)
     if len(ids) + len(record.images) * (most - 1) > processor.max_length:
-        processor.prompt(record)
+        try:
+            processor.prompt(record)  # the others cost nothing but their ids
+        except ValueError as error:
+            return str(error)
+    length = _answer_length(processor, record, stops)
+    if length > config.max_new_tokens:
+        return (
+            f"sample {record.key!r}: its answer and its end are {length} tokens, but evaluation.max_new_tokens="
+            f"{config.max_new_tokens}: a right answer would be cut short and scored as wrong. Set "
+            f"evaluation.max_new_tokens={length} or more to ask it."
+        )
+    return None
+
+
+def require_room(processor: DeepStackProcessor, source: Source, config: EvaluationConfig) -> list[str]:
+    """Look at all samples that will be asked for, before a step is made; one sentence for each that cannot be asked.
+
+    Raises:
+        ValueError: no sample of a kind can be asked: its accuracy would be missing. Or one cannot be read.
+    """
+    count = min(max(config.samples, config.final_samples), len(source))
+    stops, asked, left = stop_ids(processor), Counter(), {}
+    for index in range(count):
+        record = source[index]
+        why = not_asked(processor, record, config, stops)
+        asked[record.kind] += why is None
+        if why is not None:
+            left[record.key] = (record.kind, why)
+    for kind, why in left.values():
+        if not asked[kind]:
+            raise ValueError(f"none of the samples of kind {kind!r} can be asked; {why}")
+    return [why for _, why in left.values()]
 
 
 def _answer_length(processor: DeepStackProcessor, record: Record, stops: list[int]) -> int:
     """Tokens that generating the answer of ``record`` takes, the one that ends it included."""
-    _answer(record)
     whole = encode(record.turns, processor.template, processor.tokenizer).input_ids
     ids = whole[len(encode_prompt(record.turns[:-1], processor.template, processor.tokenizer)) :]
     return next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))
