@@ -8,6 +8,7 @@ from tiny_run import run_of
 
 from deepstack_pl.batch import Reason, Record, Refused
 from deepstack_pl.cli import shards_show
+from deepstack_pl.cli.main import main
 from deepstack_pl.cli.shards_show import SPLITS, file_name, find
 from deepstack_pl.data import sources as opened
 
@@ -149,3 +150,18 @@ def test_a_key_is_never_a_path() -> None:
 def test_both_splits_are_known() -> None:
     assert set(shards_show.OWN) == {"which", "split", "html"}
     assert SPLITS == ("train", "val")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["build", "data=llava665k", "mising=skip"], "Unknown key mising. Did you mean missing?"),
+        (["show", "1", "2"], "2: 1 was given already"),
+        (["show", "1", "htm=x"], "Did you mean html?"),
+    ],
+)
+def test_a_word_that_the_action_does_not_know_is_refused(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["shards", *words]) == 1
+    assert says in capsys.readouterr().err

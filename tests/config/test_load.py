@@ -226,3 +226,16 @@ def test_a_refusal_in_a_data_worker_is_one_sentence() -> None:
         "ValueError: train/a.tar:7.png: not an image. Write it again.\n"
     )
     assert sentence(error, Schema((CONF,))) == "train/a.tar:7.png: not an image. Write it again."
+
+
+def test_what_the_system_says_of_a_file_is_one_sentence_also_from_a_data_worker() -> None:
+    schema = Schema((CONF,))
+    with pytest.raises(OSError, match="No such file") as caught:
+        open("nowhere/at.all")
+    assert sentence(caught.value, schema) == "nowhere/at.all: No such file or directory."
+    error = OSError(
+        "Caught NotThere in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "/x/deepstack_pl/data/download.py", line 3, in _retry\n    raise NotThere(\n'
+        "deepstack_pl.data.download.NotThere: https://host/a.tar: there is no such file (404). Upload it.\n"
+    )
+    assert sentence(error, schema) == "https://host/a.tar: there is no such file (404). Upload it."

@@ -94,3 +94,15 @@ def test_a_server_that_hides_the_length_is_refused_where_a_cut_could_not_be_told
     server.faults["a.tar"] = ["unsized"]
     with pytest.raises(Unreachable, match="does not say how long"):
         remote_size(f"{server.url}/a.tar")
+
+
+def test_a_small_file_that_is_not_small_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = tmp_path / "manifest.json"
+    local.write_bytes(SHARD)
+    monkeypatch.setattr(download, "SMALL", len(SHARD) - 1)
+    monkeypatch.setattr(download.Download, "read", lambda *_: pytest.fail("it was read"))
+    for ask in (read_small, lambda url: ShardCache(tmp_path / "cache", 10**9).fetch_small(url, "1")):
+        with pytest.raises(ValueError, match=r"manifest\.json has [\d,]+ bytes, where a small file"):
+            ask(f"file://{local}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -34,6 +35,11 @@ _PACKAGES = {
 def versions() -> dict[str, str]:
     """Of Python and of whatever computes."""
     return {"python": platform.python_version(), **{name: version(package) for name, package in _PACKAGES.items()}}
+
+
+def without_passwords(command: str) -> str:
+    """``command`` as it may be shown to others: https://user:PASSWORD@host without the password."""
+    return re.sub(r"(://[^\s/@:]*):[^\s/@]*@", r"\1:...@", command)
 
 
 def git() -> dict[str, Any]:

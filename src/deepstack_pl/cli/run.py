@@ -130,7 +130,7 @@ class _Run:
                 highlight=False,
             )
         started["steps"] = self.start
-        began = {"command": self.command, "step": self.start}
+        began = {"command": provenance.without_passwords(self.command), "step": self.start}
         began |= {name: started[name] for name in ("device", "versions", "git")}
         started["starts"] = [*started.get("starts", []), began]
         started.setdefault("arm", self.arm)

@@ -5,6 +5,8 @@ the run's configuration, as for train.py, and the few of its own that ``OWN`` ex
 """
 
 import argparse
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from deepstack_pl.cli import shards_build, shards_plan, shards_show, shards_verify
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             name,
             help=action.HELP,
             description=f"{action.HELP[0].upper()}{action.HELP[1:]}.",
-            epilog=f"of its own:{own}\n\nexample: {action.EXAMPLE}",
+            epilog=(f"of its own:{own}\n\n" if own else "") + f"example: {action.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("words", metavar="KEY=VALUE", nargs="*", help="as for train.py: data=llava665k data.root=DIR")
@@ -65,13 +67,28 @@ def run(args: argparse.Namespace) -> int:
     from deepstack_pl.cli.compose import compose
 
     action = ACTIONS[args.action]
-    own, overrides = {}, []
-    for word in args.words:
-        key, is_assignment, value = word.partition("=")
-        if is_assignment and key in action.OWN:
-            own[key] = value
-        elif not is_assignment and "which" in action.OWN:
-            own["which"] = word
-        else:
-            overrides.append(word)
+    own, overrides = _sorted_out(args.words, action.OWN)
     return action.run(compose(overrides), own)
+
+
+def _sorted_out(words: Sequence[str], known: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The action's own words, and the overrides.
+
+    Raises:
+        ValueError: a word that nearly is one of the action's own, or a second name of a record.
+    """
+    own: dict[str, str] = {}
+    overrides = []
+    for word in words:
+        key, is_assignment, value = word.partition("=")
+        name = key if is_assignment else "which"
+        if name not in known:
+            near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.75)
+            if near and is_assignment:
+                raise ValueError(f"Unknown key {key}. Did you mean {near[0]}?")
+            overrides.append(word)
+        elif name in own:
+            raise ValueError(f"{word}: {own[name]} was given already. Give one.")
+        else:
+            own[name] = value if is_assignment else word
+    return own, overrides

@@ -18,7 +18,7 @@ from deepstack_pl.config.schema import Schema
 _IN_FILE = re.compile(
     r"In '(?P<file>[^']+)': \w+ raised while composing config:\n(?P<says>[^\n]*)(?:\n\s+full_key: (?P<key>\S+))?"
 )
-_WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*\n(\w+): (.*)", re.DOTALL)
+_WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*\n([\w.]+): (.*)", re.DOTALL)
 
 
 def sentence(error: BaseException, schema: Schema) -> str | None:
@@ -35,7 +35,7 @@ def sentence(error: BaseException, schema: Schema) -> str | None:
         return _composition(error, schema)
     if isinstance(error, yaml.YAMLError):
         return f"This is no YAML: {' '.join(str(error).split())}"
-    if isinstance(error, ValueError | RuntimeError):
+    if isinstance(error, ValueError | RuntimeError | OSError):
         return _ours(error)
     return None
 
@@ -97,13 +97,17 @@ def _instantiation(error: InstantiationException) -> str:
     return f"{where}{error.__cause__ or str(error).splitlines()[0]}"
 
 
-def _ours(error: ValueError | RuntimeError) -> str | None:
-    """Our own refusals: a ``raise`` in a file of this package, in this process or in a data worker."""
+def _ours(error: ValueError | RuntimeError | OSError) -> str | None:
+    """Our own refusals: a ``raise`` in a file of this package, in this process or in a data worker; and what the system
+    says of a file that it names.
+    """
     worker = _WORKER.match(str(error))
     if worker:
         last = str(error).rsplit('File "', 1)[-1]
         ours = "deepstack_pl" in last.splitlines()[0] and last.splitlines()[1].strip().startswith("raise ")
         return worker[2].strip() if ours else None
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
     return str(error) if _raised_in_package(error.__traceback__) else None
 
 

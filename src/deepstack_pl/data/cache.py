@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import torch.utils.data
 
-from deepstack_pl.data.download import Download, Unreachable, remote_size, shown
+from deepstack_pl.data.download import Download, Unreachable, remote_size, require_small, shown
 from deepstack_pl.data.progress import bar
 
 RESERVE = 2**30  # bytes of the disk that the cache leaves to others
@@ -52,7 +52,9 @@ class ShardCache:
         try:
             if _hand_out(entry, size):
                 return entry
-            size = remote_size(url) if size is None else size
+            if size is None:
+                size = remote_size(url)
+                require_small(url, size)
             if size > self.limit_bytes:
                 raise ValueError(
                     f"{shown(url)} has {_gigabytes(size)}, but data.cache_gb allows the whole cache "

@@ -18,6 +18,7 @@ from webdataset.gopen import gopen_gsutil
 
 TRIES = 3  # without a byte of progress
 WAIT = 1.0  # seconds before the second try, and twice as long before each one after it
+SMALL = 256 * 2**20  # bytes of a manifest or an index, at most
 TIMEOUT = 60.0  # seconds without a byte, over HTTP
 
 _HTTP = ("http://", "https://")
@@ -99,15 +100,25 @@ def read_small(url: str) -> bytes:
 
     Raises:
         Unreachable: after `TRIES` tries; `NotThere` at once.
+        ValueError: it has more than `SMALL` bytes.
     """
+    size = remote_size(url)
+    require_small(url, size)
+    with Download(url, size) as download:
+        return download.read(size)
 
-    def ask() -> bytes:
-        if _by_gsutil(url):
-            return subprocess.run(["gsutil", "cat", url], capture_output=True, check=True).stdout
-        system, path = _filesystem(url)
-        return system.cat_file(path)
 
-    return _retry(url, ask)
+def require_small(url: str, size: int) -> None:
+    """Refuse what is too large to be held in memory whole.
+
+    Raises:
+        ValueError: it has more than `SMALL` bytes.
+    """
+    if size > SMALL:
+        raise ValueError(
+            f"{shown(url)} has {size:,} bytes, where a small file of at most {SMALL:,} is expected. See that the "
+            "address is right."
+        )
 
 
 class Download:

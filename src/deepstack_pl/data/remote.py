@@ -136,7 +136,7 @@ def _read_manifest(url: str) -> list[ShardInfo]:
             _check_listed(shard)
         if len({shard.name for shard in shards}) != len(shards) or not shards:
             raise ValueError(f"{len(shards)} shards, names used once")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{shown(url)} is no manifest of shards ({error}). {_UPLOAD}") from error
     return shards
 
