@@ -205,3 +205,54 @@ def test_a_million_samples_open_without_an_object_a_sample(tmp_path: Path) -> No
     assert len(source) == 1_000_000
     assert source.key(999_999) == "train/shard-000049.tar:000019999"
     assert source.key(20_000) == "train/shard-000001.tar:000000000"
+
+
+def edited(path: Path, change: Callable[[dict[str, np.ndarray]], object], save: Callable[..., None] = np.savez) -> None:
+    with np.load(path) as stored:
+        arrays = {name: stored[name].copy() for name in stored.files}
+    change(arrays)
+    save(path, **arrays)
+
+
+def retold(**values: object) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        text = json.dumps({**json.loads(arrays["told"].tobytes()), **values}).encode()
+        arrays["told"] = np.frombuffer(text, np.uint8)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda a: a["offset"].__setitem__(3, -5), "a member outside of the shard"),
+        (lambda a: a["size"].__setitem__(3, -5), "a member outside of the shard"),
+        (lambda a: a["size"].__setitem__(3, 2**62), "a member outside of the shard"),
+        (lambda a: a["extension"].__setitem__(3, 500), "an extension without a name"),
+        (retold(extensions=["xxx", "png"]), "an extension without a name"),
+        (retold(extensions=[1, 2]), "names that are no text"),
+        (lambda a: a["first"].__setitem__(2, 0), "samples out of order"),
+        (lambda a: a.update(first=a["first"].astype(float)), "arrays of other kinds"),
+        (lambda a: a["key_ends"].__setitem__(3, 10**9), "keys out of order"),
+        (lambda a: a["key_bytes"].fill(255), "keys that are not UTF-8"),
+        (lambda a: a["column_source"].__setitem__(3, -1), "a source without a name"),
+        (lambda a: a["column_source"].__setitem__(3, 99), "a source without a name"),
+        (lambda a: a.update(column_text=a["column_text"].reshape(-1, 1)), "arrays of other kinds"),
+        (lambda a: a["extension"].fill(0), "a sample without a record"),
+        (lambda a: a.update(told=np.frombuffer(b"[" * 100_000, np.uint8)), "is no index"),
+    ],
+)
+def test_an_index_that_cannot_be_true_is_refused_before_it_is_read_through(
+    tmp_path: Path, change: Callable[[dict[str, np.ndarray]], object], says: str
+) -> None:
+    path = sidecar(write(tmp_path))
+    edited(path, change)
+    with pytest.raises(ValueError, match=says):
+        ShardSource(tmp_path)
+
+
+def test_an_index_that_would_unfold_is_refused(tmp_path: Path) -> None:
+    path = sidecar(write(tmp_path))
+    edited(path, lambda arrays: None, np.savez_compressed)
+    with pytest.raises(ValueError, match="it is compressed"):
+        ShardSource(tmp_path)

@@ -24,6 +24,7 @@ from numpy import ndarray
 from deepstack_pl.batch import Refused
 from deepstack_pl.data.columns import ROWS, Columns
 from deepstack_pl.data.images import EXTENSIONS, image_size
+from deepstack_pl.data.index_rules import broken_rules
 from deepstack_pl.data.llava import source_of, text_length
 from deepstack_pl.data.tars import read_members, refusal
 
@@ -110,6 +111,9 @@ class ShardIndex:
         again = "Remove it, and it is built again from the shard (deepstack shards verify)."
         try:
             data = io.BytesIO(path.read_bytes())
+            with zipfile.ZipFile(data) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it is compressed")  # a small file could unfold into gigabytes
             with np.load(data, allow_pickle=False) as stored:
                 told = json.loads(stored["told"].tobytes())
                 if told["version"] != INDEX_VERSION:
@@ -121,7 +125,7 @@ class ShardIndex:
             values |= {"name": shard_of(path).name, "extensions": tuple(told["extensions"])}
             index = cls(**values, **arrays, columns=columns)
             index._check()
-        except (ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, TypeError, IndexError, EOFError, RecursionError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no index of a shard ({error}). {again}") from error
         return index
 
@@ -131,6 +135,9 @@ class ShardIndex:
         whole = len(self.first) == samples + 1 and int(self.first[-1]) == members and set(lengths.values()) == {members}
         if not whole or {len(getattr(self.columns, name)) for name in ROWS} != {samples}:
             raise ValueError("its arrays differ in length")
+        broken = broken_rules(self)
+        if broken:
+            raise ValueError(", ".join(broken))
 
     def same_as(self, other: "ShardIndex") -> bool:
         """Whether both say the same of the shard; its date and name do not count."""
