@@ -104,7 +104,7 @@ class Pages:
 
 
 def small_trainer(folder: Path, steps: int = 4, **more: Any) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "gradient_clip_val": 1.0}
     return lightning.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -112,6 +112,5 @@ def small_trainer(folder: Path, steps: int = 4, **more: Any) -> lightning.Traine
         enable_model_summary=False,
         default_root_dir=str(folder),
         log_every_n_steps=1,
-        gradient_clip_val=1.0,
         **{**quiet, **more},
     )

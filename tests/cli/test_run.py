@@ -13,6 +13,7 @@ from deepstack_pl.cli import run as cli_run
 from deepstack_pl.cli.assemble import make_processor
 from deepstack_pl.cli.provenance import Memory
 from deepstack_pl.data.sources import open_sources
+from deepstack_pl.training.module import DeepStackModule
 
 TWICE = ("+callbacks.twice={_target_: tiny_run.CtrlCTwice}", "callbacks.checkpoint.every_steps=1")
 
@@ -144,3 +145,29 @@ def test_a_question_that_is_too_long_is_refused_before_the_first_step() -> None:
     with pytest.raises(ValueError, match="Questions are never cut"):
         start("llm.too_long=cut", f"llm.max_length={length - 1}", folder=Path("refused"))
     assert results_of(Path("refused"))["steps"] == 0
+
+
+def test_a_refusal_to_go_on_changes_nothing_on_disk() -> None:
+    start(folder=Path("run"))
+    config = Path("run/config.yaml")
+    config.write_text(config.read_text().replace("noise: 2.0", "noise: 3.0"))  # other pages
+    before = {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match="not those of the checkpoint"):
+        go_on("ckpt_path=run", "trainer.max_steps=5")
+    assert {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()} == before
+
+
+def test_a_run_that_fails_says_what_it_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self, batch, batch_idx):
+        if self.trainer.global_step == 2:
+            raise RuntimeError("as arranged")
+        return step(self, batch, batch_idx)
+
+    step = DeepStackModule.training_step
+    monkeypatch.setattr(DeepStackModule, "training_step", stop)
+    with pytest.raises(RuntimeError, match="as arranged"):
+        start(folder=Path("broken"))
+    results = results_of(Path("broken"))
+    assert (results["status"], results["steps"]) == ("failed", 2)
+    assert results["data"]["trained"]["samples"] == 2 * 4
+    assert results["data"]["order_digest"]

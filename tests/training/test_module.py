@@ -1,12 +1,16 @@
 """The LightningModule: what it builds, trains and schedules."""
 
+import csv
+from dataclasses import dataclass, replace
+
 import lightning
 import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.loggers import CSVLogger
 from small_run import PRETRAIN, Pages, small_model, small_module, small_processor, small_trainer
 
-from deepstack_pl.batch import MultimodalBatch
+from deepstack_pl.batch import MultimodalBatch, Reason, Refused
 from deepstack_pl.data.config import DataConfig
 from deepstack_pl.training.checkpoint import RunCheckpoint
 from deepstack_pl.training.config import OptimConfig, PartConfig, StageConfig
@@ -125,3 +129,67 @@ def test_a_run_without_steps_is_refused():
 def test_a_warm_up_longer_than_the_run_is_refused():
     with pytest.raises(ValueError, match=r"optim\.warmup_ratio=1\.5"):
         DeepStackModule(small_model, PRETRAIN, OptimConfig(name="adamw", warmup_ratio=1.5), 4)
+
+
+def gradients(folder, micro, refused=()):
+    """Of one step on five pages, in a batch of eight."""
+    config = DataConfig(name="x", batch_size=8, micro_batch_size=micro, workers=0, max_refused=1.0)
+    data = DeepStackDataModule(Refusing(5, refused=refused), Pages(4), small_processor(), config, 0, 1)
+    found = {}
+
+    class After(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step:  # after the step, which leaves the gradients where they are
+                grads = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+                found.update({name: grad.clone() for name, grad in grads.items() if bool(grad.any())})
+
+    more = {"accumulate_grad_batches": config.accumulation(), "gradient_clip_val": None}
+    trainer = small_trainer(folder, 1, callbacks=[After()], **more)
+    trainer.fit(small_module(steps=1), datamodule=data)
+    found["loss"] = trainer.callback_metrics["train/loss"]
+    return found
+
+
+@dataclass
+class Refusing(Pages):
+    refused: tuple[int, ...] = ()
+
+    def __getitem__(self, index):
+        if index in self.refused:
+            raise Refused(Reason.image, f"page {index}: cannot be read.")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("micro", [4, 2, 1])
+@pytest.mark.parametrize("refused", [(), (0, 3)])
+def test_rows_that_count_nothing_and_the_size_of_a_forward_change_no_gradient(tmp_path, micro, refused):
+    whole, parts = gradients(tmp_path / "a", 8, refused), gradients(tmp_path / "b", micro, refused)
+    assert set(whole) == set(parts)
+    assert len(whole) > 50
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_by_source_is_that_of_its_samples_in_the_whole_step(tmp_path):
+    @dataclass
+    class Sourced(Pages):
+        def __getitem__(self, index):
+            return replace(super().__getitem__(index), source="left" if index < 3 else "right")
+
+    config = DataConfig(name="x", batch_size=4, micro_batch_size=1, workers=0)
+    processor, module = small_processor(), small_module(steps=2)
+    data = DeepStackDataModule(Sourced(4), Pages(4), processor, config, 0, 2)
+    module.configure_model()
+    expected = {}
+    with torch.no_grad():
+        for source, rows in {"left": (0, 1, 2), "right": (3,)}.items():
+            samples = [processor.prepare(Sourced(4)[index]) for index in rows]
+            expected[f"train/loss/{source}"] = float(module.network(**processor.collate(samples).model_inputs()).loss)
+    logger = CSVLogger(tmp_path)
+    trainer = small_trainer(tmp_path, 2, logger=logger, accumulate_grad_batches=4)
+    trainer.fit(module, datamodule=data)
+    with open(logger.experiment.metrics_file_path) as file:
+        lines = [line for line in csv.DictReader(file) if line["train/loss/left"]]
+    assert [line["step"] for line in lines] == ["0", "1"]
+    for name, value in expected.items():
+        assert float(lines[0][name]) == pytest.approx(value, rel=1e-4)

@@ -93,10 +93,23 @@ def step_of(checkpoint: Path) -> int:
     Raises:
         ValueError: it cannot be read.
     """
+    return int(_read(checkpoint, "global_step"))
+
+
+def data_state_of(checkpoint: Path) -> dict[str, Any]:
+    """What the datamodule said when ``checkpoint`` was written.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    return _read(checkpoint, "DeepStackDataModule")
+
+
+def _read(checkpoint: Path, name: str) -> Any:
     import torch  # here, because refusals must not wait for it
 
     try:
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[name]
     except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

@@ -21,7 +21,7 @@ from deepstack_pl.cli import checks, provenance
 from deepstack_pl.cli.assemble import Assembly, assemble, model_builder, settle
 from deepstack_pl.cli.folders import CONFIG, RECEIPT, checkpoint_of, claim, relative, remember, write_text
 from deepstack_pl.cli.report import print_report, write_results
-from deepstack_pl.cli.resume import Resumed, step_of
+from deepstack_pl.cli.resume import Resumed, data_state_of, step_of
 from deepstack_pl.cli.trial import one_step
 from deepstack_pl.config.load import save
 from deepstack_pl.config.run import DryRun, RunConfig
@@ -93,7 +93,10 @@ class _Run:
     memory: provenance.Memory
 
     def whole(self) -> bool:
-        self.start = step_of(self.resumed.checkpoint) if self.resumed else 0
+        self.start = 0
+        if self.resumed:  # what is refused changes nothing on disk
+            self.start = step_of(self.resumed.checkpoint)
+            self.work.datamodule.require_same(data_state_of(self.resumed.checkpoint))
         self.results = self._begin()
         try:
             self._receipt()
@@ -104,6 +107,9 @@ class _Run:
             reason = "stopped at once by Ctrl-C" if stopped else f"{type(error).__name__}: {error}"
             status = "interrupted" if stopped else "failed"
             self.results |= {"status": status, "interrupted": stopped, "reason": reason, "steps": self._step}
+            tally = self.work.datamodule.tally_here()
+            if tally.seen:
+                self.results["data"] |= provenance.counts(tally)
             write_results(self.folder, self.results)
             self._say_how_to_go_on(error)
             raise
@@ -124,6 +130,8 @@ class _Run:
             self.work.processor.save_pretrained(self.folder)
         else:
             started |= {name: self.resumed.results[name] for name in _KEPT if name in self.resumed.results}
+            before = self.resumed.results.get("data", {})
+            started["data"] |= {name: before[name] for name in ("order_digest", "trained") if name in before}
             self.console.print(
                 f"going on with {relative(self.folder)} from {relative(self.resumed.checkpoint)} (step {self.start})",
                 soft_wrap=True,

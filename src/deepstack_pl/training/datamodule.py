@@ -100,6 +100,11 @@ class DeepStackDataModule(lightning.LightningDataModule):
         self._count()
         return self._before + over_all(self._mine)
 
+    def tally_here(self) -> Tally:
+        """The same of this process since it began, and of all before: for where the others may not answer."""
+        self._count()
+        return self._before + self._mine
+
     def on_before_batch_transfer(self, batch: MultimodalBatch, dataloader_idx: int) -> MultimodalBatch:
         """Lightning's last word on a batch before it is trained on.
 
@@ -215,7 +220,16 @@ class DeepStackDataModule(lightning.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the batches that were trained.
+        """Go on after the batches that were trained; as `require_same`."""
+        self.require_same(state_dict)
+        self._begin(Position(**state_dict["position"]), Tally.from_dict(state_dict["tally"]))
+        if self.ledger is not None and (self.trainer is None or self.trainer.is_global_zero):
+            self.ledger.go_back(self._start.step)
+        # Lightning looks for the position in the loader and would say that it is lost.
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+
+    def require_same(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint from which the order of samples would not go on.
 
         Raises:
             ValueError: the data, the seed or what makes batches are not those of the checkpoint.
@@ -234,11 +248,6 @@ class DeepStackDataModule(lightning.LightningDataModule):
                     f"order of samples would not go on where it stopped. Restore {name}, or start a new run from its "
                     "weights with init_from."
                 )
-        self._begin(Position(**state_dict["position"]), Tally.from_dict(state_dict["tally"]))
-        if self.ledger is not None and (self.trainer is None or self.trainer.is_global_zero):
-            self.ledger.go_back(self._start.step)
-        # Lightning looks for the position in the loader and would say that it is lost.
-        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 
     def identity(self) -> dict[str, Any]:
         """All that the order of samples is made from, by the names a user gives it."""
@@ -271,9 +280,9 @@ class DeepStackDataModule(lightning.LightningDataModule):
     def _position(self) -> Position:
         """Where the next step's batch begins."""
         step = self.step
-        if step == self._start.step or self._sampler is None:
-            return self._start if self._sampler is not None or self.stream is not None else Position(step=step)
-        return self._sampler.position(step)
+        if step == self._start.step:
+            return self._start
+        return Position(step) if self._sampler is None else self._sampler.position(step)
 
     def _require_parts(self, there: dict[str, str]) -> None:
         here = self.train.parts()

@@ -6,17 +6,16 @@ from typing import Any
 
 import lightning
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
-from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch
+from deepstack_pl.batch import MultimodalBatch
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.training.config import OptimConfig, StageConfig
 from deepstack_pl.training.parts import PartsTable, apply_stage, optimizer_groups
+from deepstack_pl.training.step_loss import StepLoss
 
 
 class DeepStackModule(lightning.LightningModule):
@@ -49,6 +48,7 @@ class DeepStackModule(lightning.LightningModule):
         self.max_steps = max_steps
         self.model: DeepStackForConditionalGeneration | None = None
         self.parts: PartsTable | None = None
+        self._step = StepLoss()
 
     def configure_model(self) -> None:
         """Build and freeze, once: Lightning calls this for every fit, test and load."""
@@ -77,6 +77,7 @@ class DeepStackModule(lightning.LightningModule):
         """Rates as this run's schedule says: a checkpoint brings those of the schedule that it was saved under, and
         the first step after a resume with another max_steps would still be made at them.
         """
+        self._step.begin()  # of a fit before, broken off in the middle of a step
         (config,) = self.trainer.lr_scheduler_configs
         schedule = config.scheduler
         assert isinstance(schedule, LambdaLR)
@@ -86,17 +87,28 @@ class DeepStackModule(lightning.LightningModule):
         schedule._last_lr = rates
 
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
+        """The sum of this micro-batch's losses; the step's mean is made of it once all of them are known."""
         output = self.network(**batch.model_inputs(), use_cache=False)
-        loss, samples = output.loss, len(batch.keys)
-        if bool((batch.labels[:, 1:] == IGNORE_INDEX).all()):
-            loss = output.logits.sum() * 0.0  # rows that only fill it: the mean over no token is NaN
-        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=samples)
-        supervised = (batch.labels[:, 1:] != IGNORE_INDEX).sum()
-        values = {"train/loss": loss.detach(), "train/supervised_tokens": supervised.float(), **self._rates()}
-        if len(set(batch.sources)) > 1 and self._logs_this_step:
-            values |= losses_by_source(output.logits.detach(), batch)
-        self.log_dict(values, batch_size=samples)
-        return loss
+        if self._logs_this_step:
+            self._step.add_sources(output.logits.detach(), batch)
+        return self._step.add(output.loss, output.logits, batch)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradients of the mean over the step's supervised tokens, before they are clipped; and what is logged."""
+        loss, tokens = self._step.totals()
+        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size  # Lightning and DDP have divided by
+        factor = shares / tokens.clamp_min(1)
+        for parameter in self.network.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        mean = loss / tokens.clamp_min(1)
+        self.log("loss", mean, prog_bar=True, logger=False, batch_size=1)
+        self.log_dict({"train/loss": mean, "train/supervised_tokens": tokens, **self._rates()}, batch_size=1)
+        if self._logs_this_step:
+            found = {f"train/loss/{source}": value for source, value in self._step.by_source().items()}
+            for logger in self.trainer.loggers if found else ():  # not by log(): it repeats what a step does not hold
+                logger.log_metrics(found, step=self.trainer.global_step)
+        self._step.begin()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW by part and weight decay; linear warm-up and cosine decay from each part's own peak."""
@@ -118,14 +130,3 @@ class DeepStackModule(lightning.LightningModule):
         """The learning rate of each part in this step."""
         (optimizer,) = self.trainer.optimizers
         return {f"lr/{group['part']}": float(group["lr"]) for group in optimizer.param_groups}
-
-
-def losses_by_source(logits: Float[Tensor, "b t v"], batch: MultimodalBatch) -> dict[str, Tensor]:
-    """``train/loss/SOURCE``: the mean over the supervised tokens of each source in this batch."""
-    found, owners, labels = {}, batch.sample_ids()[:, 1:], batch.labels[:, 1:]
-    for source in sorted({name for name in batch.sources if name}):
-        its = torch.tensor([place for place, name in enumerate(batch.sources) if name == source], device=labels.device)
-        learned = torch.isin(owners, its) & (labels != IGNORE_INDEX)
-        if bool(learned.any()):
-            found[f"train/loss/{source}"] = F.cross_entropy(logits[:, :-1][learned].float(), labels[learned])
-    return found

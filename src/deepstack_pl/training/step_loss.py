@@ -1,0 +1,70 @@
+"""The loss of one optimiser step: the mean over all its supervised tokens, however they are spread.
+
+A mean per micro-batch would weigh a token by how many others happen to share its micro-batch, so that rows which fill a
+batch, and the size of a forward, would change the gradient.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch
+
+
+class StepLoss:
+    """Sums over the micro-batches of one optimiser step of this process; `begin` forgets them."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        self._loss: Tensor | None = None
+        self._tokens: Tensor | None = None
+        self._by_source: dict[str, tuple[float, int]] = {}  # loss and tokens
+
+    def add(self, mean: Tensor, logits: Float[Tensor, "b t v"], batch: MultimodalBatch) -> Tensor:
+        """The sum of the losses of a micro-batch, given their mean; 0 where it holds nothing to learn."""
+        tokens = (batch.labels[:, 1:] != IGNORE_INDEX).sum()
+        total = mean * tokens if bool(tokens) else logits.sum() * 0.0  # the mean over no token is NaN
+        self._loss = total.detach() if self._loss is None else self._loss + total.detach()
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
+        return total
+
+    def add_sources(self, logits: Float[Tensor, "b t v"], batch: MultimodalBatch) -> None:
+        """Keep the losses of this micro-batch by source."""
+        owners, labels = batch.sample_ids()[:, 1:], batch.labels[:, 1:]
+        for source in sorted({name for name in batch.sources if name}):
+            its = [place for place, name in enumerate(batch.sources) if name == source]
+            learned = torch.isin(owners, torch.tensor(its, device=labels.device)) & (labels != IGNORE_INDEX)
+            if bool(learned.any()):
+                loss = F.cross_entropy(logits[:, :-1][learned].float(), labels[learned], reduction="sum")
+                before, tokens = self._by_source.get(source, (0.0, 0))
+                self._by_source[source] = before + float(loss), tokens + int(learned.sum())
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Sum of losses and number of tokens of the step, over all processes; all must ask."""
+        assert self._loss is not None
+        assert self._tokens is not None
+        both = torch.stack([self._loss.float(), self._tokens.float()])
+        if several():
+            dist.all_reduce(both)
+        return both[0], both[1]
+
+    def by_source(self) -> dict[str, float]:
+        """The mean loss of each source that the step holds, over all processes; all must ask."""
+        every = [self._by_source]
+        if several():
+            every = [self._by_source] * dist.get_world_size()
+            dist.all_gather_object(every, self._by_source)
+        found = {}
+        for source in sorted({source for each in every for source in each}):
+            losses, tokens = zip(*(each[source] for each in every if source in each), strict=True)
+            found[source] = sum(losses) / sum(tokens)
+        return found
+
+
+def several() -> bool:
+    """Whether other processes take part."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
