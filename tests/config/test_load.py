@@ -231,7 +231,7 @@ def test_a_refusal_in_a_data_worker_is_one_sentence() -> None:
 def test_what_the_system_says_of_a_file_is_one_sentence_also_from_a_data_worker() -> None:
     schema = Schema((CONF,))
     with pytest.raises(OSError, match="No such file") as caught:
-        open("nowhere/at.all")
+        Path("nowhere/at.all").read_bytes()
     assert sentence(caught.value, schema) == "nowhere/at.all: No such file or directory."
     error = OSError(
         "Caught NotThere in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"

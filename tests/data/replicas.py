@@ -118,7 +118,8 @@ def _odd(name: str) -> Iterator[Made]:
     welcome = said("<image>\nAnd this?", "A picture.", image=at(5))
     welcome["conversations"].insert(0, {"from": "gpt", "value": "Welcome."})
     yield welcome, jpeg(picture(5)), None
-    yield said("<image>\nOdd", "a", "number of turns", image=at(6)), jpeg(picture(6)), odd
+    yield said("<image>\nOdd", "a", "number of turns", image=at(6)), jpeg(picture(6)), None
+    yield said("<image>\nNothing but a question", image=at(6)), jpeg(picture(6)), odd
     yield said("<image>", "", image=at(7)), jpeg(picture(7)), odd
     yield {"id": "8", "image": at(8), "conversations": []}, jpeg(picture(8)), odd
     yield {"id": "9", "image": at(9)}, jpeg(picture(9)), odd

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from builds import SKIP, SMALL, built, config_of, large, rows_of, tars
 from replicas import JSON, Replica, jpeg, picture, said, write_replica
 
@@ -14,6 +15,8 @@ from deepstack_pl.data.config import OnMissing
 from deepstack_pl.data.corpora import CorpusFiles
 from deepstack_pl.data.shards import check_finished
 from deepstack_pl.data.sources import ShardSource, open_sources
+
+CONF = Path(__file__).parents[2] / "conf"
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def test_the_report_has_a_line_for_every_record_that_is_left_out(mix: Replica, t
     assert manifest["left_out"] == Counter(line["reason"] for line in lines)
     assert set(manifest["left_out"]) == {"conversation", "image", "missing"}
     assert manifest["records"] == len(mix.records)
-    assert manifest["repeated_placeholders"] == manifest["leading_answers"] == 1
+    assert manifest["repeated_placeholders"] == manifest["leading_answers"] == manifest["unanswered_questions"] == 1
     assert sum(split["samples"] for split in manifest["splits"].values()) == len(mix.records) - len(lines)
 
 
@@ -75,6 +78,8 @@ def test_error_builds_nothing_and_lists_every_reason(mix: Replica, tmp_path: Pat
     report = built(mix, tmp_path / "out", How())
     assert not report.whole
     assert not (tmp_path / "out").exists()
+    rows = [json.loads(line)["row"] for line in (tmp_path / "out.left_out.jsonl").read_text().splitlines()]
+    assert rows == [line.row for line in report.left_out]
     known = {row: why.name for row, why in mix.refused.items() if why is not Reason.image}
     assert {line.row: line.reason for line in report.left_out} == known
 
@@ -149,3 +154,15 @@ def test_no_image_is_in_training_and_in_validation(tmp_path: Path) -> None:
     shown = [{row % 5 for row in rows_of(ShardSource(tmp_path / "out" / split))} for split in ("train", "val")]
     assert not shown[0] & shown[1]
     assert [len(images) for images in shown] == [3, 2]
+
+
+def test_the_presets_expect_what_is_published() -> None:
+    totals = {
+        "lcs558k": (558_128, 0, 0),
+        "sharegpt4v_pt": (1_246_901, 0, 118_287 + 558_128 + 570_486),
+        "llava665k": (665_298, 40_688, 665_298 - 40_688),
+    }
+    for name, (records, text_only, by_source) in totals.items():
+        values = yaml.safe_load((CONF / "data" / f"{name}.yaml").read_text())["expected"]
+        assert (values["records"], values.get("text_only")) == (records, text_only)
+        assert sum(values.get("sources", {}).values()) in (by_source, records)

@@ -12,6 +12,7 @@ from builds import SMALL, built, large, rows_of, tars
 from replicas import Replica, jpeg, picture, write_replica
 
 from deepstack_pl.data import build as building
+from deepstack_pl.data import shard_writers
 from deepstack_pl.data.build import How
 from deepstack_pl.data.config import OnMissing
 from deepstack_pl.data.index import sidecar
@@ -95,7 +96,7 @@ def test_stopping_leaves_no_half_shard_and_keeps_the_whole_ones(
 
         return write_shard(job, moved)
 
-    monkeypatch.setattr(building, "write_shard", stop_at_third)
+    monkeypatch.setattr(shard_writers, "write_shard", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         built(replica, tmp_path / "out", SMALL)
     monkeypatch.undo()
@@ -125,7 +126,7 @@ def test_stopping_several_processes_ends_them_at_their_next_record(
 
         yield advance
 
-    monkeypatch.setattr(building, "bar", stopping_bar)
+    monkeypatch.setattr(shard_writers, "bar", stopping_bar)
     with pytest.raises(KeyboardInterrupt):
         built(replica, tmp_path / "out", How(processes=2))
     assert not list((tmp_path / "out").rglob(".shard*"))
@@ -172,7 +173,7 @@ def test_a_set_built_with_skip_survives_a_call_without(mix: Replica, tmp_path: P
 def test_shards_of_another_making_are_not_touched(mix: Replica, tmp_path: Path) -> None:
     (tmp_path / "out/train").mkdir(parents=True)
     (tmp_path / "out/train/mine.tar").write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"holds shards that were not built by this command\. Choose another out="):
+    with pytest.raises(ValueError, match=r"mine\.tar was not made by this command\. Choose another out="):
         built(mix, tmp_path / "out")
     assert (tmp_path / "out/train/mine.tar").read_bytes() == b"mine"
 
@@ -201,7 +202,7 @@ def test_a_json_file_that_changes_meanwhile_gives_no_set(tmp_path: Path, monkeyp
         replica.json.write_text(replica.json.read_text() + " ")
         return iter(())
 
-    monkeypatch.setattr(building, "_write_all", change)
+    monkeypatch.setattr(building, "write_all", change)
     with pytest.raises(ValueError, match=r"json changed while it was read\. Remove .*out, and build again"):
         built(replica, tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()
@@ -219,3 +220,32 @@ def test_shards_that_are_no_longer_needed_go(tmp_path: Path) -> None:
     assert fewer == tars(built(replica, tmp_path / "fresh", SMALL).out)
     assert not verify(shard_folders(first.out)).damage
     assert len(list((first.out / ".build").glob("*-*.json"))) == len(fewer)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "left_out.jsonl", "train/manifest.json"])
+def test_files_of_others_are_not_written_over(tmp_path: Path, name: str) -> None:
+    replica = write_replica("lcs558k", tmp_path, clean=True)
+    theirs = tmp_path / "project" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("precious")
+    with pytest.raises(ValueError, match="was not made by this command"):
+        built(replica, tmp_path / "project")
+    assert theirs.read_text() == "precious"
+
+
+def test_building_again_with_nothing_to_do_touches_nothing(tmp_path: Path) -> None:
+    replica = write_replica("lcs558k", tmp_path)
+    built(replica, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != "lock"}
+    report = built(replica, tmp_path / "out")
+    assert (report.whole, report.kept) == (True, 2)
+    assert report.left_out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_other_images_of_the_same_names_sizes_and_dates_are_not_taken_for_the_old_ones(tmp_path: Path) -> None:
+    replica = write_replica("lcs558k", tmp_path / "a", clean=True)
+    built(replica, tmp_path / "out")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    other = replica._replace(root=tmp_path / "b", images=tmp_path / "b" / replica.images.relative_to(tmp_path / "a"))
+    assert built(other, tmp_path / "out").kept == 0

@@ -40,8 +40,9 @@ def test_the_command_builds_says_totals_and_where_they_differ(
     assert main(words) == 1
     said = capsys.readouterr()
     assert "missing=skip" in said.err
-    assert not (tmp_path / "shards").exists()
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["llava665k.left_out.jsonl"]
     assert main([*words, "missing=skip"]) == 0
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["llava665k"]
     said = capsys.readouterr().out
     lines = {
         line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:6]]
@@ -61,7 +62,7 @@ def test_totals_that_are_as_published_are_said_too(tmp_path: Path, capsys: pytes
     count = len(replica.records)
     words = ["shards", "build", "data=lcs558k", f"data.root={tmp_path}", "processes=1"]
     assert main([*words, f"data.expected.records={count}", f"data.expected.sources.lcs558k={count}"]) == 0
-    assert capsys.readouterr().out.count("as published") == 3 + 2  # records, text, source; what was put right
+    assert capsys.readouterr().out.count("as published") == 3 + 3  # records, text, source; what was put right
 
 
 @pytest.mark.parametrize(

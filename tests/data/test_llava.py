@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from deepstack_pl.batch import Role, Turn
-from deepstack_pl.data.llava import record_from_llava, source_of
+from deepstack_pl.data.llava import check_turns, record_from_llava, source_of
 
 RED = Image.new("RGB", (4, 4), "red")
 
@@ -78,7 +78,7 @@ def test_source_is_the_first_folder_of_the_image_unless_a_number(image: object, 
         (said("What is <image>?", "a"), 0, "1 <image> placeholders in the text, but 0 images"),
         (said(), 0, "an empty conversation"),
         (said("What?"), 0, "last answer is missing"),
-        (said("What?", "a", "And?"), 0, "last answer is missing"),
+        (said("What?", "a", "And <image>?"), 1, "last answer is missing"),
         (said("What?", "  "), 0, "last answer is missing"),
         (
             said("What?", "<image> a"),
@@ -98,3 +98,11 @@ def test_source_is_the_first_folder_of_the_image_unless_a_number(image: object, 
 def test_a_malformed_record_is_refused_by_key(values: dict, images: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         record_from_llava(values, [RED] * images, "k")
+
+
+def test_a_last_question_that_nothing_answers_is_dropped() -> None:
+    assert check_turns(said("What?", "a", "And?"), 0, "k") == check_turns(said("What?", "a"), 0, "k")
+
+
+def test_a_folder_called_text_is_not_the_source_of_text_alone() -> None:
+    assert source_of({"image": "text/1.jpg"}) == ""

@@ -1,11 +1,14 @@
 """The first step's guard: what it lets pass and what it stops."""
 
+from dataclasses import replace
+
 import lightning
 import pytest
 import torch
 from small_run import PRETRAIN, Pages, small_module, small_processor, small_trainer
 from torch import nn
 
+from deepstack_pl.batch import Role, Turn
 from deepstack_pl.data.config import DataConfig
 from deepstack_pl.training.datamodule import DeepStackDataModule
 from deepstack_pl.training.guard import FirstStepGuard, digests
@@ -21,9 +24,9 @@ class Meddler(lightning.Callback):
         self.deed(pl_module.network, optimizer)
 
 
-def fit(folder, module, *callbacks):
+def fit(folder, module, *callbacks, pages=None):
     data = DeepStackDataModule(
-        Pages(), Pages(4), small_processor(), DataConfig(name="x", batch_size=4, workers=0), 0, 4
+        pages or Pages(), Pages(4), small_processor(), DataConfig(name="x", batch_size=4, workers=0), 0, 4
     )
     small_trainer(folder, callbacks=list(callbacks)).fit(module, datamodule=data)
 
@@ -33,6 +36,35 @@ def fit(folder, module, *callbacks):
 def test_a_sound_run_passes_at_the_first_step_that_moves(tmp_path, stage, warm_up):
     guard = FirstStepGuard()
     fit(tmp_path, small_module(stage=stage, warmup_ratio=warm_up), guard)
+    assert guard.done
+
+
+class Words(Pages):
+    """Pages of which only those that are ``shown`` have an image."""
+
+    shown = ()
+
+    def __getitem__(self, index):
+        page = super().__getitem__(index)
+        if page.key in self.shown:
+            return page
+        question = Turn(Role.user, "Which colours?")
+        return replace(page, turns=(question, page.turns[1]), images=())
+
+
+def test_steps_of_text_alone_prove_nothing_of_the_vision_path_and_stop_no_run(tmp_path):
+    guard = FirstStepGuard()
+    fit(tmp_path / "a", small_module(warmup_ratio=0.0), guard, pages=Words())
+    assert not guard.done, "no step held an image"
+    words, keys = Words(), []
+
+    class Keys(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            keys.append(batch.keys)
+
+    fit(tmp_path / "b", small_module(warmup_ratio=0.0), Keys(), pages=words)
+    words.shown = tuple(keys[2])
+    fit(tmp_path / "c", small_module(warmup_ratio=0.0), guard, pages=words)
     assert guard.done
 
 

@@ -97,11 +97,14 @@ def test_going_on_writes_the_lines_of_its_steps_once(tmp_path):
     assert going_on.tally().refused == {"image": 2}
 
 
-def test_a_line_that_a_kill_cut_off_stays_and_breaks_nothing(tmp_path):
-    file = Ledger(tmp_path).file(0)
-    file.write_text('{"step": 1, "key": "a"}\n{"step": 3, "key": "b"}\n{"step": 2, "ke')
-    Ledger(tmp_path).go_back(2)
-    assert file.read_text() == '{"step": 1, "key": "a"}\n{"step": 2, "ke\n'
+def test_a_line_that_a_kill_cut_off_goes_and_swallows_no_other(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.file(0).write_text('{"step": 1, "key": "a"}\n{"step": 2, "key": "b"}\n{"step": 2, "ke')
+    ledger.go_back(2)
+    assert [line["key"] for line in lines(tmp_path)] == ["a"]
+    processor = data().processor
+    ledger.write(processor.collate([processor.blank("page 5", "", (Reason.image, "no"))]), 2, 0)
+    assert [line["key"] for line in lines(tmp_path)] == ["a", "page 5"]
 
 
 def test_tallies_add_up_however_samples_are_spread():

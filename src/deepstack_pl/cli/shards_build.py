@@ -43,6 +43,8 @@ def run(run: RunConfig, own: dict[str, str]) -> int:
     files = corpus_files(data)
     default = shards_root(data) if data.source is Source.corpus else data.shards or f"{data.root}/shards/{files.name}"
     place = own.get("out", default)
+    if not place:
+        raise ValueError("out= is empty. Name a folder, or leave it out.")
     if "://" in place:
         raise ValueError(f"out={place}: build into a folder of this machine, and upload it.")
     out = Path(place)

@@ -34,7 +34,7 @@ def run(run: RunConfig, own: dict[str, str]) -> int:
         raise ValueError(f"data.source={data.source.name} reads no shards. Say root=DIR.")
     if "://" in root:
         raise ValueError(f"{root} is remote: a run checks the digest of every shard that it fetches. Verify a copy.")
-    found = verify(shard_folders(Path(root)))
+    found = verify(shard_folders(Path(root)), Path(root))
     for sentence in found.damage:
         print(sentence, file=sys.stderr)
     for index in found.written:

@@ -7,14 +7,10 @@ the first shard until its manifest is written; building again keeps the shards t
 
 import fcntl
 import json
-import multiprocessing
 import os
 import shutil
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +18,8 @@ from typing import Any
 
 from deepstack_pl.data.config import OnMissing
 from deepstack_pl.data.corpora import SPLITS, CorpusFiles, LeftOut, Survey, survey
-from deepstack_pl.data.progress import bar
-from deepstack_pl.data.shard_jobs import RECEIPTS, Job, Stopped, Written, finished, plan, remove_shard, write_shard
+from deepstack_pl.data.shard_jobs import RECEIPTS, Job, Written, finished, plan, remove_shard
+from deepstack_pl.data.shard_writers import write_all
 from deepstack_pl.data.shards import MANIFEST, MARKER, ShardInfo, sweep, write_json, write_manifest
 
 BUILD_VERSION = 1  # of what is written from the same files
@@ -67,6 +63,11 @@ class Report:
     kept: int
     taken: Counter[str]
 
+    @property
+    def listed(self) -> Path:
+        """The file with a line for every record that cannot be taken; beside ``out`` where that is not built."""
+        return self.out / LEFT_OUT if self.whole else _beside(self.out)
+
 
 def build(files: CorpusFiles, out: Path, how: How) -> Report:
     """Build the shards of a corpus into ``out``.
@@ -78,7 +79,7 @@ def build(files: CorpusFiles, out: Path, how: How) -> Report:
     before = _state(files.json)
     seen = survey(files, how.val_samples)
     if seen.left_out and how.missing is OnMissing.error:
-        return Report(out, False, seen, seen.left_out, {}, 0, Counter())
+        return _not_built(Report(out, False, seen, seen.left_out, {}, 0, Counter()))
     for split, found in seen.found.items():
         if not found:
             raise ValueError(
@@ -92,22 +93,47 @@ def build(files: CorpusFiles, out: Path, how: How) -> Report:
         kept, todo = len(done), [job for job in jobs if job.path not in done]
         refused = [line for written in done.values() for line in written.left_out]
         if strict and refused:  # of a set that was built with missing=skip, which stays as it is
-            return Report(out, False, seen, sorted(refused), {}, kept, Counter())
+            return _not_built(Report(out, False, seen, sorted(refused), {}, kept, Counter()))
+        if not todo and _stands(out, jobs):  # nothing to do, and nobody who reads it is disturbed
+            left = sorted([*seen.left_out, *refused])
+            return Report(out, True, seen, left, _shards(jobs, done), kept, _taken(jobs, refused))
         _check_space(out, sum(job.bytes for job in todo))
         (out / MANIFEST).unlink(missing_ok=True)
         for split in SPLITS:
             (out / split / MARKER).touch()
-        for job, written in _write_all(todo, how.processes):
+        for job, written in write_all(todo, how.processes):
             done[job.path] = written
         if _state(files.json) != before:
             raise ValueError(f"{files.json} changed while it was read. Remove {out}, and build again.")
         results = [done[job.path] for job in jobs]
         left = sorted([*seen.left_out, *(line for written in results for line in written.left_out)])
         if left and strict:
-            return Report(out, False, seen, left, {}, kept, Counter())
+            return _not_built(Report(out, False, seen, left, {}, kept, Counter()))
         report = Report(out, True, seen, left, _shards(jobs, done), kept, _taken(jobs, left))
         _finish(files, how, jobs, report)
     return report
+
+
+def _stands(out: Path, jobs: Sequence[Job]) -> bool:
+    """Whether ``out`` is the finished set of these jobs already."""
+    marked = any((out / split / MARKER).exists() for split in SPLITS)
+    there = {tar for split in SPLITS for tar in (out / split).glob("*.tar")}
+    return (out / MANIFEST).is_file() and not marked and there <= {job.path for job in jobs}
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.{LEFT_OUT}")
+
+
+def _not_built(report: Report) -> Report:
+    """List what cannot be taken beside ``out``, which stays as it is."""
+    report.listed.parent.mkdir(parents=True, exist_ok=True)
+    _list(report, report.listed)
+    return report
+
+
+def _list(report: Report, file: Path) -> None:
+    file.write_text("".join(json.dumps(line._asdict()) + "\n" for line in report.left_out), encoding="utf-8")
 
 
 def _finish(files: CorpusFiles, how: How, jobs: Sequence[Job], report: Report) -> None:
@@ -124,13 +150,13 @@ def _finish(files: CorpusFiles, how: How, jobs: Sequence[Job], report: Report) -
     for receipt in (out / RECEIPTS).glob("*-*.json"):
         if receipt not in {job.receipt for job in jobs}:
             receipt.unlink()
-    lines = (json.dumps(line._asdict()) + "\n" for line in report.left_out)
     partial = out / RECEIPTS / LEFT_OUT
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, out / LEFT_OUT)
+    _list(report, partial)
+    os.replace(partial, report.listed)
     for split, shards in report.shards.items():
         write_manifest(out / split, shards)
     write_json(out / MANIFEST, _manifest(files, how, report))
+    _beside(out).unlink(missing_ok=True)  # of an attempt before
 
 
 def _manifest(files: CorpusFiles, how: How, report: Report) -> dict[str, Any]:
@@ -150,6 +176,7 @@ def _manifest(files: CorpusFiles, how: How, report: Report) -> dict[str, Any]:
         "left_out": dict(sorted(Counter(line.reason for line in report.left_out).items())),
         "repeated_placeholders": seen.repeated,
         "leading_answers": seen.leading,
+        "unanswered_questions": seen.trailing,
         "splits": splits,
     }
 
@@ -172,8 +199,12 @@ def _folder(files: CorpusFiles, out: Path, how: How, sha256: str) -> Iterator[No
     """``out``, for this build alone, and holding nothing else's shards."""
     receipts = out / RECEIPTS
     told = receipts / "made_of.json"
-    if not told.exists() and any(tar for split in SPLITS for tar in (out / split).glob("*.tar")):
-        raise ValueError(f"{out} holds shards that were not built by this command. Choose another out=, or empty it.")
+    if not told.exists():
+        ours = [out / name for name in (MANIFEST, LEFT_OUT)] + [out / split / MANIFEST for split in SPLITS]
+        foreign = [path for path in ours if path.exists()]
+        foreign += [tar for split in SPLITS for tar in (out / split).glob("*.tar")]
+        if foreign:
+            raise ValueError(f"{foreign[0]} was not made by this command. Choose another out=, or empty {out}.")
     for split in SPLITS:
         (out / split).mkdir(parents=True, exist_ok=True)
     receipts.mkdir(exist_ok=True)
@@ -196,69 +227,6 @@ def _folder(files: CorpusFiles, out: Path, how: How, sha256: str) -> Iterator[No
         for split in SPLITS:
             sweep(out / split)
         yield
-
-
-def _write_all(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, Written]]:
-    """Each job as it is done."""
-    if not jobs:
-        return
-    with bar(f"Writing {len(jobs)} shards", sum(len(job.records) for job in jobs)) as advance:
-        if processes == 1 or len(jobs) == 1:
-            for job in jobs:
-                yield job, write_shard(job, advance)
-        else:
-            yield from _write_at_once(jobs, min(processes, len(jobs)), advance)
-
-
-def _write_at_once(
-    jobs: Sequence[Job], processes: int, advance: Callable[[int], None]
-) -> Iterator[tuple[Job, Written]]:
-    context = multiprocessing.get_context("spawn")
-    count, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(processes, context, initializer=_start, initargs=(count, stop))
-    pending: dict[Future[Written], Job] = {}
-    try:
-        pending = {pool.submit(_in_process, job): job for job in jobs}
-        told = 0
-        while pending:
-            ready, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-            now = count.value
-            advance(now - told)
-            told = now
-            for future in ready:
-                yield pending.pop(future), future.result()
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "A process that wrote shards was ended from outside (out of memory?). What is finished is kept: build "
-            "again, perhaps with fewer processes=."
-        ) from error
-    finally:
-        stop.set()  # Ctrl-C, or an error: the others stop at their next record and leave nothing half written
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start(count: Any, stop: Any) -> None:
-    """Ctrl-C is the main process's to answer, and nobody outlives it."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _shared.update(count=count, stop=stop)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-_shared: dict[str, Any] = {}  # of a writing process
-
-
-def _in_process(job: Job) -> Written:
-    def advance(done: int) -> None:
-        if _shared["stop"].is_set():
-            raise Stopped
-        with _shared["count"].get_lock():
-            _shared["count"].value += done
-
-    return write_shard(job, advance)
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deepstack_pl.data.build import LEFT_OUT, Report
+from deepstack_pl.data.build import Report
 from deepstack_pl.data.config import ExpectedConfig
 from deepstack_pl.data.corpora import LeftOut
 from deepstack_pl.data.llava import TEXT
@@ -21,6 +21,7 @@ def show(report: Report, name: str, expected: ExpectedConfig, console: Console) 
     for count, what in (
         (seen.repeated, "ask several times for their one image, which is shown once, first in its turn"),
         (seen.leading, "start with an answer, which is dropped"),
+        (seen.trailing, "end with a question, which is dropped"),
     ):
         if count:
             console.print(f"Put right as published: {count:,} that {what}", soft_wrap=True)
@@ -31,8 +32,8 @@ def show(report: Report, name: str, expected: ExpectedConfig, console: Console) 
             console.print(f"{split}: {samples:,} samples in {len(shards)} shards, {size / 1e6:,.1f} MB")
         if report.kept:
             console.print(f"{report.kept} shards were finished before and are kept")
-        if report.left_out:
-            console.print(f"Every record that was left out: {escape(str(report.out / LEFT_OUT))}")
+    if report.left_out:
+        console.print(f"Every record that cannot be taken: {escape(str(report.listed))}", soft_wrap=True)
 
 
 def _totals(report: Report, name: str, expected: ExpectedConfig) -> Table:

@@ -72,6 +72,7 @@ class Survey:
         found: those that can be taken, by split, in the order of the file.
         repeated: how many ask several times for their one image.
         leading: how many start with an answer, which is dropped.
+        trailing: how many end with a question, which is dropped.
     """
 
     sha256: str = ""
@@ -81,6 +82,7 @@ class Survey:
     left_out: list[LeftOut] = field(default_factory=list)
     repeated: int = 0
     leading: int = 0
+    trailing: int = 0
 
 
 def corpus_files(config: DataConfig) -> CorpusFiles:
@@ -159,6 +161,7 @@ def _count_mended(seen: Survey, row: Row, images: int) -> None:
     """Count what `check_turns` puts right as published."""
     turns = row.values["conversations"]
     seen.leading += turns[0]["from"] == "gpt"
+    seen.trailing += turns[-1]["from"] == "human"
     seen.repeated += sum(turn["value"].count(PLACEHOLDER) for turn in turns) > images
 
 

@@ -32,8 +32,8 @@ def record_from_llava(values: dict[str, Any], images: Sequence[Image.Image], key
 def check_turns(values: dict[str, Any], images: int, key: str) -> tuple[Turn, ...]:
     """The turns of a record with ``images`` images, all shown by human: human and gpt in turn, ending in an answer.
 
-    As published, a leading gpt turn is dropped (it answers nothing), and where a single image is asked for several
-    times in one turn, the turn starts with it once.
+    As published, a leading gpt turn is dropped (it answers nothing), as is a last question that nothing answers, and
+    where a single image is asked for several times in one turn, the turn starts with it once.
 
     Raises:
         Refused: the turns are not such.
@@ -53,10 +53,12 @@ def check_turns(values: dict[str, Any], images: int, key: str) -> tuple[Turn, ..
     for place, turn in enumerate(turns):
         if turn.role is not (Role.assistant if place % 2 else Role.user):
             raise _bad(f"{key}: two turns in a row by one speaker. Let human and gpt alternate.")
+    if ends_with_question(turns):
+        turns = turns[:-1]
     if not turns:
         raise _bad(f"{key}: an empty conversation. Give it a question and an answer, or leave it out.")
     if len(turns) % 2 or not turns[-1].text.strip():
-        raise _bad(f"{key}: its last answer is missing, so there is nothing to learn. Add it, or leave it out.")
+        raise _bad(f"{key}: its last answer is missing or empty. Add it, or leave the record out.")
     several = repeated_placeholder(turns, images)
     if several is not None:
         rest = turns[several].text.replace(PLACEHOLDER, "").strip()
@@ -73,6 +75,11 @@ def check_turns(values: dict[str, Any], images: int, key: str) -> tuple[Turn, ..
 def starts_with_answer(turns: Sequence[Turn]) -> bool:
     """Whether the first turn is a gpt turn, which is dropped."""
     return bool(turns) and turns[0].role is Role.assistant
+
+
+def ends_with_question(turns: Sequence[Turn]) -> bool:
+    """Whether the last turn is a question after answers, which is dropped: nothing answers it."""
+    return len(turns) > 2 and turns[-1].role is Role.user and PLACEHOLDER not in turns[-1].text
 
 
 def repeated_placeholder(turns: Sequence[Turn], images: int) -> int | None:
@@ -111,7 +118,7 @@ def source_of(values: Any) -> str:
     if not image:
         return TEXT
     folder = PurePosixPath(image).parts[0] if isinstance(image, str) and "/" in image else ""
-    return folder if folder.isprintable() and not folder.isdecimal() and folder not in ("/", "..") else ""
+    return folder if folder.isprintable() and not folder.isdecimal() and folder not in ("/", "..", TEXT) else ""
 
 
 def text_length(values: Any) -> int:

@@ -49,9 +49,12 @@ class Job:
 
     @property
     def identity(self) -> str:
-        """Digest of the rows, and of size and date of the images: with the same JSON file, the same shard."""
+        """Digest of the rows, of the images' folder, and of their size and date: with the same JSON file, the same
+        shard.
+        """
+        folder = None if self.files.images is None else str(self.files.images.resolve())
         rows = [(record.row, record.size, record.images) for record in self.records]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([folder, rows]).encode()).hexdigest()
 
     @property
     def bytes(self) -> int:

@@ -203,15 +203,22 @@ def check_finished(folder: Path) -> None:
         )
 
 
-def read_manifest(folder: Path) -> list[ShardInfo] | None:
-    """The shards that the folder's manifest lists, each checked to be there in its size; None without a manifest."""
+def list_manifest(folder: Path) -> list[ShardInfo] | None:
+    """The shards that the folder's manifest lists, whether or not they are there; None without a manifest."""
     path = folder / MANIFEST
     if not path.exists():
         return None
     try:
-        shards = [_listed(**values) for values in json.loads(path.read_bytes())["shards"]]
-    except (ValueError, KeyError, TypeError) as error:
+        return [listed_shard(**values) for values in json.loads(path.read_bytes())["shards"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no manifest of shards ({error}). Remove it, or write the shards again.") from error
+
+
+def read_manifest(folder: Path) -> list[ShardInfo] | None:
+    """The shards that the folder's manifest lists, each checked to be there in its size; None without a manifest."""
+    path, shards = folder / MANIFEST, list_manifest(folder)
+    if shards is None:
+        return None
     for shard in shards:
         file = folder / shard.name
         found = file.stat().st_size if file.exists() else None
@@ -224,7 +231,9 @@ def read_manifest(folder: Path) -> list[ShardInfo] | None:
     return shards
 
 
-def _listed(*, name: str, samples: int, bytes: int, sha256: str) -> ShardInfo:
+def listed_shard(*, name: str, samples: int, bytes: int, sha256: str) -> ShardInfo:
     if not isinstance(name, str) or not isinstance(sha256, str):
         raise TypeError(f"name {name!r}, sha256 {sha256!r}: both are text")
+    if not name.isprintable() or "/" in name or name.startswith("."):
+        raise ValueError(f"{name!r} is no name of a shard")
     return ShardInfo(name, samples, bytes, sha256)

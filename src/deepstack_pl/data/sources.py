@@ -29,6 +29,7 @@ from deepstack_pl.data.llava import check_turns, record_from_llava
 from deepstack_pl.data.llava_json import split_json
 from deepstack_pl.data.records import Outline, Source
 from deepstack_pl.data.shards import MANIFEST
+from deepstack_pl.data.whole_set import check_set
 
 OPEN_SHARDS = 32  # files that one process keeps open
 
@@ -162,8 +163,23 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
 
         held_out = root if "://" in root or (Path(root) / "val").is_dir() else config.mixture[0].root
         return open_mixture(config), ShardSource(open_folder(held_out, "val", config))
+    made_of = {} if "://" in root else check_set(Path(root))
+    if config.source is Kind.corpus:
+        _require_made_of(made_of, config, root)
+    name = name or made_of.get("name", "")
     train, val = (ShardSource(open_folder(root, split, config), name) for split in ("train", "val"))
     return train, val
+
+
+def _require_made_of(made_of: dict[str, Any], config: DataConfig, root: str) -> None:
+    """What a set was built with is not ignored where the run says otherwise."""
+    here = {"val_samples": config.val_samples, "name": config.name}
+    for key, value in here.items():
+        if key in made_of and made_of[key] != value:
+            raise ValueError(
+                f"data.{key}={value}, but the shards in {root} were built with {made_of[key]}: what is held out was "
+                f"drawn when they were built. Say data.{key}={made_of[key]}, or build another set: data.shards=FOLDER."
+            )
 
 
 def shards_root(config: DataConfig) -> str:
@@ -178,6 +194,10 @@ def built_corpus(config: DataConfig) -> str:
         ValueError: it is not; says how to build it.
     """
     root = shards_root(config)
+    if "://" in config.root:
+        raise ValueError(
+            f"data.root={config.root}: a corpus is built on this machine. Remote shards: data=shards data.root=URL."
+        )
     if "://" not in root and not (Path(root) / MANIFEST).is_file():
         shards = f" data.shards={config.shards}" if config.shards else ""
         raise ValueError(

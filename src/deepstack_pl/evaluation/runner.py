@@ -129,9 +129,7 @@ def stop_ids(processor: DeepStackProcessor) -> list[int]:
     return sorted(found)
 
 
-def not_asked(
-    processor: DeepStackProcessor, record: Record, config: EvaluationConfig, stops: list[int]
-) -> str | None:
+def not_asked(processor: DeepStackProcessor, record: Record, config: EvaluationConfig, stops: list[int]) -> str | None:
     """Why ``record`` cannot be asked: its question is longer than the context, or the limit would cut a right answer
     short, and so score it wrong. None where it can.
     """

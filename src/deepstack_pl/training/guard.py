@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from deepstack_pl.batch import MultimodalBatch
 from deepstack_pl.multimodal.build import parts
 from deepstack_pl.training.module import DeepStackModule
 
@@ -18,7 +19,8 @@ class FirstStepGuard(lightning.Callback):
     """Stops a run whose stage is not what the optimiser does.
 
     Before the first optimiser step: no trainable parameter's gradient is None. Around the first step with a learning
-    rate above zero: frozen parameters are bit-identical, and each trained part has changed.
+    rate above zero that holds an image: frozen parameters are bit-identical, and each trained part has changed. (A step
+    of text alone gives the vision path gradients of zero.)
 
     Attributes:
         done: both checks have passed; from then on the guard costs nothing.
@@ -28,6 +30,13 @@ class FirstStepGuard(lightning.Callback):
         self.done = False
         self._gradients_seen = False
         self._before: dict[str, Tensor] = {}
+        self._images = False  # whether any micro-batch of this step holds one
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: MultimodalBatch, batch_idx: int
+    ) -> None:
+        if not self.done:
+            self._images |= bool((batch.token_index >= 0).any())
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
@@ -44,8 +53,9 @@ class FirstStepGuard(lightning.Callback):
                     f"{_some(missing)}. Freeze them in the stage, or connect them to the loss."
                 )
             self._gradients_seen = True
-        if any(group["lr"] > 0 for group in optimizer.param_groups):
+        if self._images and any(group["lr"] > 0 for group in optimizer.param_groups):
             self._before = digests(named)
+        self._images = False
 
     def on_train_batch_end(
         self,

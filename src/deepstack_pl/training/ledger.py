@@ -1,6 +1,7 @@
 """The ledger: a line for every sample that was not trained on as it stands in the data, and what they come to."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,13 @@ class Ledger:
                 file.writelines(json.dumps(line, ensure_ascii=True) + "\n" for line in lines)
 
     def go_back(self, step: int) -> None:
-        """Take away the lines of ``step`` and later: a run that goes on from there will write them again."""
+        """Take away the lines of ``step`` and later, and what a kill cut off: a run that goes on from there will write
+        them again.
+        """
         for file in sorted(self.folder.glob("ledger*.jsonl")):
-            lines = file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step(line) < step]
-            if len(kept) < len(lines):
+            text = file.read_text(encoding="utf-8")
+            kept = [line for line in text.splitlines() if _step(line) < step]
+            if text != "".join(f"{line}\n" for line in kept):
                 partial = file.with_name(f".{file.name}.partial")
                 partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
                 partial.replace(file)
@@ -83,4 +86,4 @@ def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return -1  # cut off by a kill, or not ours: it stays as it is
+        return sys.maxsize  # cut off by a kill, in the middle of its step
