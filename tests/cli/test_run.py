@@ -3,15 +3,20 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_run import TINY, go_on, results_of, run_of, start
 
+from deepstack_pl.batch import Record, Role, Turn
 from deepstack_pl.cli import run as cli_run
+from deepstack_pl.cli import trial
 from deepstack_pl.cli.assemble import make_processor
 from deepstack_pl.cli.provenance import Memory
+from deepstack_pl.data.config import Batching
 from deepstack_pl.data.sources import open_sources
 from deepstack_pl.training.module import DeepStackModule
 
@@ -171,3 +176,21 @@ def test_a_run_that_fails_says_what_it_trained_on(monkeypatch: pytest.MonkeyPatc
     assert (results["status"], results["steps"]) == ("failed", 2)
     assert results["data"]["trained"]["samples"] == 2 * 4
     assert results["data"]["order_digest"]
+
+
+def test_a_trial_step_is_the_worst_case_and_not_the_longest_text(tmp_path: Path) -> None:
+    """Pictures are short and chats are long: memory goes to rows that are both."""
+    processor = make_processor(run_of(*TINY))
+    short = Turn(Role.user, "<image>?"), Turn(Role.assistant, "a")
+    picture = Record(key="picture", turns=short, images=(Image.new("RGB", (64, 64)),))
+    chat = Record(key="chat", turns=(Turn(Role.user, "?"), Turn(Role.assistant, "word " * 50)), images=())
+    samples = [processor.prepare(record) for record in (picture, chat)]
+    config = run_of(*TINY).data
+    worst = trial._worst(samples, config, 0)
+    assert (len(worst.views), len(worst.input_ids)) == (5, len(samples[1].input_ids))
+    assert torch.equal(worst.input_ids[: len(samples[0].input_ids)], samples[0].input_ids)
+    assert len(worst.labels) == len(worst.token_index) == len(worst.input_ids)
+    assert len(trial._worst(samples, config, 300).input_ids) == 300
+    budget = replace(config, batching=Batching.token_budget, token_budget=500)
+    assert trial._worst(samples, budget, 0) is samples[0]
+    assert trial._rows(budget, len(samples[0].input_ids)) == 500 // len(samples[0].input_ids)

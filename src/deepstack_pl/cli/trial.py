@@ -1,10 +1,11 @@
 """``dry_run=step``: one real step on the worst case, to see whether it fits."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from deepstack_pl.batch import MultimodalBatch, Record, Refused, Sample
@@ -23,10 +24,14 @@ _LOOKED_AT = 256  # samples among which a trial step looks for the longest
 
 
 def one_step(run: RunConfig, folder: Path, work: Assembly, console: Console, memory: Memory) -> None:
-    """A real step on the worst case: a full micro-batch of the longest sample, its images filling the largest grid."""
+    """A real step on the worst case: a full micro-batch, every row as long as the longest sample and with as many views
+    as any, images filling the largest grid.
+    """
     processor = work.processor
     take_receipt(work.module.network, processor).require()
-    sample = _longest(work.val if isinstance(work.train, PipelineSource) else work.train, processor)
+    streamed = isinstance(work.train, PipelineSource)  # nothing is known of its samples: those of validation stand in
+    samples = _looked_at(work.val if isinstance(work.train, PipelineSource) else work.train, processor)
+    sample = _worst(samples, run.data, run.llm.max_length if streamed else 0)
     batch = processor.collate([sample] * _rows(run.data, len(sample.input_ids)))
     once = {"max_steps": 1, "accumulate_grad_batches": 1, "log_every_n_steps": 1}
     trainer = build_trainer(run, folder, [], None, **once, enable_checkpointing=False, enable_progress_bar=False)
@@ -58,18 +63,40 @@ def _rows(config: DataConfig, length: int) -> int:
     return config.micro_batch() * each
 
 
-def _longest(source: Source, processor: DeepStackProcessor) -> Sample:
-    """Of the first samples that can be trained on the longest, its images filling the largest grid."""
+def _looked_at(source: Source, processor: DeepStackProcessor) -> list[Sample]:
+    """The first samples, and those with the most images and the most text, as large as they can be."""
+    columns = source.columns
+    numbers = {*range(min(len(source), _LOOKED_AT)), int(columns.images.argmax()), int(columns.text.argmax())}
     samples: list[Sample] = []
     refused: list[Refused] = []
-    for index in range(min(len(source), _LOOKED_AT)):
+    for index in sorted(numbers):
         try:
             samples.append(processor.prepare(_largest(source[index], processor)))
         except Refused as error:
             refused.append(error)
     if not samples:
         raise refused[0]
-    return max(samples, key=lambda sample: len(sample.input_ids))
+    return samples
+
+
+def _worst(samples: Sequence[Sample], config: DataConfig, least: int) -> Sample:
+    """The sample with the most views, lengthened to the longest of all, or to ``least`` positions."""
+    views = max(len(sample.views) for sample in samples)
+    most = min((s for s in samples if len(s.views) == views), key=lambda s: len(s.input_ids))
+    if config.batching is Batching.token_budget:
+        return most  # short ones with many views: a micro-batch holds the more of them
+    missing = max(least, *(len(sample.input_ids) for sample in samples)) - len(most.input_ids)
+    if missing <= 0:
+        return most
+    ids, labels, index = (
+        torch.cat([tensor, last.expand(missing)])
+        for tensor, last in (
+            (most.input_ids, most.input_ids[-1:]),
+            (most.labels, most.labels[-1:]),
+            (most.token_index, torch.tensor([-1])),
+        )
+    )
+    return replace(most, input_ids=ids, labels=labels, token_index=index)
 
 
 def _largest(record: Record, processor: DeepStackProcessor) -> Record:

@@ -172,7 +172,7 @@ class DataConfig:
         if self.batching is Batching.token_budget and self.micro_batch_size not in (None, 1):
             raise ValueError(
                 f"data.micro_batch_size={self.micro_batch_size} with data.batching=token_budget: there a unit is a "
-                "micro-batch, and data.batch_size counts these. Say data.micro_batch_size=null, and how many a step has."
+                "micro-batch, and data.batch_size counts these. Say data.micro_batch_size=null."
             )
         for name, share in (("max_refused", self.max_refused), ("max_cut", self.max_cut)):
             if not 0 <= share <= 1:
