@@ -8,6 +8,7 @@ second.
 """
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -69,7 +70,7 @@ def million(folder: Path, one: ShardIndex) -> None:
     members = np.arange(2 * SAMPLES)
     many = replace(
         one,
-        bytes=0,
+        bytes=2 * SAMPLES * 1024,
         offset=members * 1024,
         size=np.full(2 * SAMPLES, 300),
         crc=np.zeros(2 * SAMPLES, np.uint32),
@@ -85,6 +86,7 @@ def million(folder: Path, one: ShardIndex) -> None:
     for number in range(SHARDS):
         tar = folder / f"shard-{number:06d}.tar"
         tar.touch()
+        os.truncate(tar, many.bytes)
         replace(many, mtime_ns=tar.stat().st_mtime_ns).save(sidecar(tar))
 
 
