@@ -241,7 +241,7 @@ class DeepStackDataModule(lightning.LightningDataModule):
             )
         self._require_parts(state_dict["parts"])
         there, here = state_dict["identity"], self.identity()
-        for name in [*here, *(name for name in there if name not in here)]:
+        for name in {**here, **there}:
             if there.get(name) != here.get(name):
                 raise ValueError(
                     f"the checkpoint was trained with {name}={there.get(name)}, this run has {here.get(name)}: the "
@@ -286,12 +286,12 @@ class DeepStackDataModule(lightning.LightningDataModule):
 
     def _require_parts(self, there: dict[str, str]) -> None:
         here = self.train.parts()
-        names = [name for name in [*there, *(n for n in here if n not in there)] if there.get(name) != here.get(name)]
+        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
         if names:
-            first = ", ".join(
-                f"{name} ({'is new' if name not in there else 'is gone' if name not in here else 'has other bytes'})"
-                for name in names[:3]
-            )
+            told = [
+                (n, "is new" if n not in there else "is gone" if n not in here else "has other bytes") for n in names
+            ]
+            first = ", ".join(f"{name} ({what})" for name, what in told[:3])
             raise ValueError(
                 f"the data are not those of the checkpoint: {first}{', ...' if len(names) > 3 else ''}; {len(names)} "
                 "of "
