@@ -13,8 +13,9 @@ from test_datamodule import Keys, data, fit, interrupt_after
 
 from deepstack_pl.batch import Reason, Refused, Role, Turn
 from deepstack_pl.training.checkpoint import RunCheckpoint
+from deepstack_pl.training.counts import DataCounts
 from deepstack_pl.training.interrupt import GracefulStop
-from deepstack_pl.training.ledger import DataCounts, Ledger
+from deepstack_pl.training.ledger import Ledger
 from deepstack_pl.training.tally import Tally
 
 

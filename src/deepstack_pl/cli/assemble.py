@@ -31,10 +31,11 @@ from deepstack_pl.multimodal.build import build_model, checkpoint_config, load_w
 from deepstack_pl.multimodal.config import build_plan
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
+from deepstack_pl.training.counts import DataCounts
 from deepstack_pl.training.datamodule import DeepStackDataModule
 from deepstack_pl.training.guard import FirstStepGuard
 from deepstack_pl.training.interrupt import GracefulStop
-from deepstack_pl.training.ledger import DataCounts, Ledger
+from deepstack_pl.training.ledger import Ledger
 from deepstack_pl.training.module import DeepStackModule
 from deepstack_pl.training.parts import part_configs
 from deepstack_pl.training.throughput import Throughput

@@ -7,7 +7,7 @@ epoch, and gives rank 0's to every rank.
 import hashlib
 import warnings
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import lightning
 import numpy as np
@@ -20,19 +20,12 @@ from deepstack_pl.data.pipeline import PipelineSource, pipeline_loader
 from deepstack_pl.data.records import Source
 from deepstack_pl.data.stream import ORDER_VERSION, MicroBatchSampler, Position, Stream, train_loader
 from deepstack_pl.multimodal.processor import DeepStackProcessor
+from deepstack_pl.training.ledger import Ledger
 from deepstack_pl.training.tally import Tally, over_all
 from deepstack_pl.training.throughput import TimedLoader
 
 SAMPLES_UNKNOWN = 10_000  # of a stream without an index: what shares of an epoch are taken of
 STATE = 2  # the version of what `DeepStackDataModule.state_dict` says
-
-
-class Lines(Protocol):
-    """Where samples that are refused or cut are written down: `ledger.Ledger`."""
-
-    def write(self, batch: MultimodalBatch, step: int, rank: int) -> None: ...
-
-    def go_back(self, step: int) -> None: ...
 
 
 class DeepStackDataModule(lightning.LightningDataModule):
@@ -58,7 +51,7 @@ class DeepStackDataModule(lightning.LightningDataModule):
         max_steps: int,
         *,
         lengths: Int[ndarray, " n"] | None = None,
-        ledger: Lines | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         """``lengths`` are the samples' positions, where ``config.batching`` plans with them."""
         super().__init__()
@@ -141,10 +134,11 @@ class DeepStackDataModule(lightning.LightningDataModule):
                 raise ValueError(self._too_many(what, count, of, f"data.{setting}={share}", batch))
 
     def _too_many(self, what: str, count: int, of: int, setting: str, batch: MultimodalBatch) -> str:
-        sentences = [refused[1] for refused in batch.refused if refused is not None]
-        cut = [f"{key} ({n} positions)" for key, n in zip(batch.keys, batch.cuts, strict=True) if n]
-        newest = sentences[0] if what == "refused" and sentences else f"Cut in this batch: {', '.join(cut[:3])}."
-        remedy = "Mend them" if what == "refused" else "Raise llm.max_length"
+        if what == "refused":
+            newest, remedy = next((refused[1] for refused in batch.refused if refused), ""), "Mend them"
+        else:
+            cut = [f"{key} ({n} positions)" for key, n in zip(batch.keys, batch.cuts, strict=True) if n]
+            newest, remedy = f"Cut in this batch: {', '.join(cut[:3])}.", "Raise llm.max_length"
         return (
             f"{count} of {of:,} samples {what}, more than {setting} allows (a share of an epoch). "
             f"{newest} ledger.jsonl in the run's folder lists all. {remedy}, or raise {setting.partition('=')[0]}."
@@ -167,13 +161,12 @@ class DeepStackDataModule(lightning.LightningDataModule):
         """
         accumulation, rank = self.config.accumulation(self._world), 0
         if self.trainer is not None:
-            rank = self.trainer.global_rank
-            if self.trainer.accumulate_grad_batches != accumulation:
+            rank, its = self.trainer.global_rank, self.trainer.accumulate_grad_batches
+            if its != accumulation:
+                size = self.config.micro_batch(self._world)
                 raise ValueError(
-                    f"Trainer(accumulate_grad_batches={self.trainer.accumulate_grad_batches}), but "
-                    f"data.batch_size={self.config.batch_size} in micro-batches of "
-                    f"{self.config.micro_batch(self._world)} for {self._world} processes are {accumulation}. Give the "
-                    "Trainer that."
+                    f"Trainer(accumulate_grad_batches={its}), but data.batch_size={self.config.batch_size} in "
+                    f"micro-batches of {size} for {self._world} processes are {accumulation}. Give the Trainer that."
                 )
         left = max(0, self.max_steps - self._start.step)
         prepare, collate = self.processor.prepare, self.processor.collate
@@ -225,7 +218,7 @@ class DeepStackDataModule(lightning.LightningDataModule):
         self._begin(Position(**state_dict["position"]), Tally.from_dict(state_dict["tally"]))
         if self.ledger is not None and (self.trainer is None or self.trainer.is_global_zero):
             self.ledger.go_back(self._start.step)
-        # Lightning looks for the position in the loader and would say that it is lost.
+        # Lightning looks for the position in the loader, and would say that it is lost.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 
     def require_same(self, state_dict: dict[str, Any]) -> None:
