@@ -8,7 +8,7 @@ from tiny import PLANS, picture, tiny_llm, tiny_vision
 
 from deepstack_pl.batch import IGNORE_INDEX, PadSide, Reason, Record, Refused, Role, Turn
 from deepstack_pl.language.config import TooLong
-from deepstack_pl.language.conversation import load_tokenizer
+from deepstack_pl.language.conversation import TEMPLATES, load_tokenizer
 from deepstack_pl.multimodal.build import build_model
 from deepstack_pl.multimodal.config import ProjectorConfig, build_plan
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
@@ -174,3 +174,11 @@ def test_an_unknown_template_is_refused_with_the_known_ones() -> None:
             template="chatty",
             max_length=8,
         )
+
+
+def test_what_a_sample_is_long_for_is_in_the_digest_of_its_lengths() -> None:
+    """Lengths are kept by this digest: those of another plan or template must not be taken for these."""
+    one, other, again = processor(), processor(PLANS["long_context"]), processor()
+    assert one.positions_digest == again.positions_digest != other.positions_digest
+    again.template = TEMPLATES["plain"]
+    assert again.positions_digest != one.positions_digest

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import chain
 
 import lightning
+import numpy as np
 import pytest
 import torch
 from small_run import Pages, small_model, small_module, small_processor, small_trainer
@@ -281,3 +282,19 @@ def test_an_exception_is_saved_beside_the_last_good_checkpoint(tmp_path):
 def test_a_checkpoint_every_zero_steps_is_refused(tmp_path):
     with pytest.raises(ValueError, match="every_steps=0"):
         RunCheckpoint(tmp_path, every_steps=0)
+
+
+def test_what_plans_batches_is_part_of_the_identity():
+    lengths = np.arange(1, 13)
+
+    def state(window, budget):
+        config = DataConfig(
+            name="x", batch_size=2, workers=0, batching=Batching.token_budget, window=window, token_budget=budget
+        )
+        return DeepStackDataModule(Pages(), Pages(4), small_processor(), config, 0, 6, lengths=lengths)
+
+    there = state(8, 64).state_dict()
+    state(8, 64).load_state_dict(there)
+    for other, says in ((state(6, 64), r"data\.window=8"), (state(8, 32), r"data\.token_budget=64")):
+        with pytest.raises(ValueError, match=says):
+            other.load_state_dict(there)
