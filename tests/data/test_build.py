@@ -2,17 +2,23 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from builds import SKIP, SMALL, built, config_of, large, rows_of, tars
-from replicas import JSON, Replica, jpeg, picture, said, write_replica
+from replicas import JSON, Replica, huge, jpeg, picture, said, write_replica
+from rich.console import Console
 
 from deepstack_pl.batch import Reason
+from deepstack_pl.data import build as building
 from deepstack_pl.data.build import How, build
-from deepstack_pl.data.config import OnMissing
-from deepstack_pl.data.corpora import CorpusFiles
+from deepstack_pl.data.build_report import show
+from deepstack_pl.data.config import ExpectedConfig, OnMissing
+from deepstack_pl.data.corpora import CorpusFiles, survey
+from deepstack_pl.data.shard_jobs import Job, Written
+from deepstack_pl.data.shard_writers import write_all
 from deepstack_pl.data.shards import check_finished
 from deepstack_pl.data.sources import ShardSource, open_sources
 
@@ -166,3 +172,73 @@ def test_the_presets_expect_what_is_published() -> None:
         values = yaml.safe_load((CONF / "data" / f"{name}.yaml").read_text())["expected"]
         assert (values["records"], values.get("text_only")) == (records, text_only)
         assert sum(values.get("sources", {}).values()) in (by_source, records)
+
+
+def corpus(root: Path, records: list[dict], name: str = "my", damaged: dict[str, bytes] | None = None) -> CorpusFiles:
+    """Records of images that are there, but for those that are ``damaged``."""
+    for number, record in enumerate(records):
+        if "image" in record:
+            file = root / "images" / record["image"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes((damaged or {}).get(record["image"], jpeg(picture(number))))
+    (root / f"{name}.json").write_text(json.dumps(records))
+    return CorpusFiles(name, root / f"{name}.json", root / "images")
+
+
+def test_records_without_an_image_are_counted_by_themselves(tmp_path: Path) -> None:
+    """Neither a corpus nor a folder that is called text is without images."""
+    records = [said("<image>", "a", image=f"{place}{n}.jpg") for place in ("", "text/") for n in range(4)]
+    files = corpus(tmp_path, [*records, *(said(f"{n}?", "a") for n in range(3))], name="text")
+    report = build(files, tmp_path / "out", How())
+    assert (report.survey.text_only, report.text_only) == (3, 3)
+    console = Console(record=True, width=200)
+    show(report, "text", ExpectedConfig(text_only=3), console)
+    (line,) = (line for line in console.export_text().splitlines() if "without an image" in line)
+    assert [cell.strip() for cell in line.split("│")[2:6]] == ["3", "3", "3", "as published"]
+
+
+def test_kind_and_facts_are_checked_before_any_image_is_decoded(tmp_path: Path) -> None:
+    records = [{**said("<image>", "a", image=f"{n}.jpg"), "facts": ["a"]} for n in range(4)]
+    records[2]["facts"] = "a"
+    report = build(corpus(tmp_path, records), tmp_path / "out", How(decode=False))
+    assert [(line.row, line.reason) for line in report.left_out] == [(2, "conversation")]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_what_is_too_large_is_said_to_be_too_large(tmp_path: Path, decode: bool) -> None:
+    records = [said("<image>", "a", image=f"{n}.png") for n in range(4)]
+    files = corpus(tmp_path, records, damaged={"1.png": huge()})
+    report = build(files, tmp_path / "out", How(missing=OnMissing.skip, decode=decode))
+    assert ["at most 64,000,000" in line.sentence for line in report.left_out] == [True]
+
+
+def test_what_is_held_out_does_not_depend_on_what_is_missing(tmp_path: Path) -> None:
+    """Also where records hang together only by an image that is not there."""
+    pairs = [said("<image>", "a", image=f"{n // 2}.jpg") for n in range(24)]
+    chain = [{**said("<image><image>", "a"), "image": [f"{n}.jpg", f"{n + 1}.jpg"]} for n in range(0, 12, 3)]
+    files = corpus(tmp_path, pairs)
+    files.json.write_text(json.dumps([*pairs, *chain]))
+    whole = survey(files, 6).found
+    for number in (1, 4, 7, 10):
+        (tmp_path / f"images/{number}.jpg").unlink()
+    less = survey(files, 6)
+    gone = {line.row for line in less.left_out}
+    assert len(gone) == 4 * 3
+    for split, found in whole.items():
+        assert {record.row for record in less.found[split]} == {record.row for record in found} - gone
+
+
+def test_an_image_that_goes_meanwhile_is_named_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = corpus(tmp_path, [said("<image>", "a", image=f"{n}.jpg") for n in range(8)])
+
+    def lose(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Written]]:
+        (tmp_path / "images/3.jpg").unlink()
+        return write_all(jobs, processes)
+
+    monkeypatch.setattr(building, "write_all", lose)
+    report = build(files, tmp_path / "out", SKIP)
+    (line,) = report.left_out
+    assert (line.row, line.reason) == (3, "missing")
+    assert "was there and is gone" in line.sentence
+    assert report.taken.total() == 7

@@ -6,6 +6,7 @@
 import pickle
 import struct
 import time
+import warnings
 import zlib
 from hashlib import sha256
 from io import BytesIO
@@ -215,3 +216,28 @@ def test_a_refusal_travels_between_processes() -> None:
         decode_image(b"", "k")
     again = pickle.loads(pickle.dumps(caught.value))
     assert (again.reason, again.sentence) == (Reason.image, caught.value.sentence)
+
+
+def test_a_jpeg_whose_scan_was_damaged_is_refused_though_bytes_are_left_over() -> None:
+    """Pillow hands out a picture of which a third is wrong."""
+    data, draw = jpeg(photo(320, 240)), np.random.default_rng(0)
+    found = set()
+    for _ in range(60):
+        at, more = int(draw.integers(1000, len(data) - 1000)), draw.bytes(int(draw.integers(1, 900)))
+        damaged = data[:at] + more + data[at:]
+        try:
+            simplejpeg.decode_jpeg(damaged, "RGB")
+        except ValueError as error:
+            found.add("extraneous" in str(error))
+            assert "cut off or damaged" in refusal(damaged)
+    assert found == {True, False}
+    for at in range(1000, len(data) - 1000, 999):
+        assert "cut off or damaged" in refusal(data[:at] + bytes(len(data) - at) + END)  # a hole in a download
+
+
+def test_nothing_but_our_own_sentence_is_said_of_too_many_pixels() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "an image of 12000 x 8000 pixels" in refusal(
+            png_header(12_000, 8_000)
+        )  # Pillow warns from 89 million on

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from deepstack_pl.batch import Reason, Refused
+from deepstack_pl.data import index as index_module
 from deepstack_pl.data.columns import Columns
 from deepstack_pl.data.folders import LocalFolder
-from deepstack_pl.data.index import ShardIndex, build_index, sidecar
+from deepstack_pl.data.index import INDEX_VERSION, ShardIndex, build_index, sidecar
 from deepstack_pl.data.shards import ShardWriter
 from deepstack_pl.data.sources import ShardSource
 
@@ -254,3 +255,24 @@ def test_an_index_that_would_unfold_is_refused(tmp_path: Path) -> None:
     edited(path, lambda arrays: None, np.savez_compressed)
     with pytest.raises(ValueError, match="it is compressed"):
         ShardSource(tmp_path)
+
+
+def test_an_index_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = sidecar(write(tmp_path))
+    monkeypatch.setattr(index_module, "INDEX_VERSION", INDEX_VERSION + 1)
+    with pytest.raises(ValueError, match=rf"version {INDEX_VERSION}, not {INDEX_VERSION + 1}"):
+        ShardIndex.load(index)
+
+
+def test_a_shard_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    shard = write(tmp_path, samples=2500)  # so that there is something to be told of on the way
+    with pytest.raises(ValueError, match="changed while it was read"):
+        build_index(shard, lambda done: os.utime(shard, ns=(1, 1)))
+
+
+def test_width_and_height_are_those_of_the_first_image(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path) as writer:
+        writer.write(RECORD, [picture(side=side) for side in (5, 6, 7)])
+        writer.write(RECORD)
+    columns = build_index(tmp_path / "shard-000000.tar").columns
+    assert (columns.images.tolist(), columns.width.tolist(), columns.height.tolist()) == ([3, 0], [5, 0], [5, 0])

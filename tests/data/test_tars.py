@@ -170,3 +170,17 @@ def test_an_extended_header_may_not_set_a_size(tmp_path: Path) -> None:
         tar.addfile(info, io.BytesIO(b"{}"))
     with pytest.raises(ValueError, match=r"extended header that sets GNU\.sparse\.major"):
         build_index(tmp_path / "x.tar")
+
+
+def test_an_extended_header_that_lost_what_it_says_is_refused(tmp_path: Path) -> None:
+    """The member would be given the short name that stands in its own header."""
+    for kind, message in ((tarfile.PAX_FORMAT, "holds nothing"), (tarfile.GNU_FORMAT, "a long name that is empty")):
+        with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
+            info = tarfile.TarInfo("d" * 120 + ".json")
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"{}"))
+        data = bytearray((tmp_path / "x.tar").read_bytes())
+        data[512:1024] = bytes(512)
+        (tmp_path / "x.tar").write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            build_index(tmp_path / "x.tar")

@@ -1,5 +1,6 @@
 """Verify: every damage of every shard, and a missing index written."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -104,3 +105,15 @@ def test_a_shard_that_the_manifest_does_not_list_is_found(tmp_path: Path) -> Non
     (damage,) = verify(shard_folders(tmp_path)).damage
     assert "stray.tar is not in its manifest" in damage
     assert not sidecar(tmp_path / "stray.tar").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write(tmp_path)
+    sidecar(shards[1]).unlink()
+
+    def read_only(self: ShardIndex, path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(ShardIndex, "save", read_only)
+    found = verify(shard_folders(tmp_path))
+    assert (found.damage, found.written, found.shards) == ([], [], 3)

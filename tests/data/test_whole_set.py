@@ -10,7 +10,7 @@ from builds import built, config_of
 from replicas import write_replica
 
 from deepstack_pl.cli.main import main
-from deepstack_pl.data.config import DataConfig
+from deepstack_pl.data.config import DataConfig, MixtureEntry
 from deepstack_pl.data.config import Source as Kind
 from deepstack_pl.data.sources import open_sources
 
@@ -86,3 +86,12 @@ def test_sources_have_the_name_of_the_corpus_also_when_opened_as_shards(root: Pa
 def test_a_corpus_is_not_remote() -> None:
     with pytest.raises(ValueError, match=r"Remote shards: data=shards data\.root=URL"):
         open_sources(DataConfig(name="lcs558k", source=Kind.corpus, root="https://host/x"))
+
+
+def test_a_part_of_a_mixture_that_is_not_whole_is_refused(root: Path) -> None:
+    mixture = [MixtureEntry(root=str(root), repeat=2)]
+    config = DataConfig(name="mine", source=Kind.shards, root=str(root), mixture=mixture)
+    open_sources(config)
+    lose_its_shards(root)
+    with pytest.raises(ValueError, match=r"train"):
+        open_sources(config)

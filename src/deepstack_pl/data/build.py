@@ -2,28 +2,27 @@
 
 ``out/train`` and ``out/val`` hold the shards with their indexes and manifests, ``out/manifest.json`` says what they
 were made of, ``out/left_out.jsonl`` has a line for every record that was not taken. A folder is marked unfinished from
-the first shard until its manifest is written; building again keeps the shards that are finished.
+the first shard until its manifest is written; building again keeps the shards that are finished, and a finished set
+stays as it is until what replaces its shards is written.
 """
 
-import fcntl
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deepstack_pl.data.build_folder import LEFT_OUT, aside, check_space, folder_of, mark, move, spare, stands
 from deepstack_pl.data.config import OnMissing
 from deepstack_pl.data.corpora import SPLITS, CorpusFiles, LeftOut, Survey, survey
 from deepstack_pl.data.shard_jobs import RECEIPTS, Job, Written, finished, plan, remove_shard
 from deepstack_pl.data.shard_writers import write_all
-from deepstack_pl.data.shards import MANIFEST, MARKER, ShardInfo, sweep, write_json, write_manifest
+from deepstack_pl.data.shards import MANIFEST, ShardInfo, write_json, write_manifest
 
 BUILD_VERSION = 1  # of what is written from the same files
-LEFT_OUT = "left_out.jsonl"
 MAX_BYTES = 384 * 10**6
 
 
@@ -53,6 +52,7 @@ class Report:
         shards: by split.
         kept: shards that were there already.
         taken: records written, by source.
+        text_only: how many of them have no image.
     """
 
     out: Path
@@ -62,6 +62,7 @@ class Report:
     shards: dict[str, list[ShardInfo]]
     kept: int
     taken: Counter[str]
+    text_only: int = 0
 
     @property
     def listed(self) -> Path:
@@ -88,37 +89,66 @@ def build(files: CorpusFiles, out: Path, how: How) -> Report:
             )
     strict = how.missing is OnMissing.error
     jobs = plan(out, files, seen.found, how.max_bytes, decode=how.decode, strict=strict)
-    with _folder(files, out, how, seen.sha256):
+    with folder_of(out, _identity(files, how, seen.sha256)):
         done = {job.path: written for job in jobs if (written := finished(job)) is not None}
         kept, todo = len(done), [job for job in jobs if job.path not in done]
         refused = [line for written in done.values() for line in written.left_out]
         if strict and refused:  # of a set that was built with missing=skip, which stays as it is
             return _not_built(Report(out, False, seen, sorted(refused), {}, kept, Counter()))
-        if not todo and _stands(out, jobs):  # nothing to do, and nobody who reads it is disturbed
+        stood = stands(out)
+        if not todo and stood and not spare(out, jobs):  # nothing to do, and nobody who reads it is disturbed
             left = sorted([*seen.left_out, *refused])
-            return Report(out, True, seen, left, _shards(jobs, done), kept, _taken(jobs, refused))
-        _check_space(out, sum(job.bytes for job in todo))
-        (out / MANIFEST).unlink(missing_ok=True)
-        for split in SPLITS:
-            (out / split / MARKER).touch()
-        for job, written in write_all(todo, how.processes):
-            done[job.path] = written
+            return _report(out, seen, left, jobs, done, kept)
+        if not stood:
+            mark(out)
+        new = {job.path: replace(job, out=aside(out)) if stood else job for job in todo}
+        done |= _write(out, new, how.processes)
         if _state(files.json) != before:
             raise ValueError(f"{files.json} changed while it was read. Remove {out}, and build again.")
         results = [done[job.path] for job in jobs]
         left = sorted([*seen.left_out, *(line for written in results for line in written.left_out)])
         if left and strict:
             return _not_built(Report(out, False, seen, left, {}, kept, Counter()))
-        report = Report(out, True, seen, left, _shards(jobs, done), kept, _taken(jobs, left))
+        report = _report(out, seen, left, jobs, done, kept)
+        for split, shards in report.shards.items():
+            if not shards:
+                reasons = _by_reason(left)
+                raise ValueError(f"{files.json}: no record of {split} could be taken ({reasons}). Nothing is built.")
+        if stood:
+            mark(out)
+            for job in todo:
+                move(new[job.path], job, done[job.path])
         _finish(files, how, jobs, report)
     return report
 
 
-def _stands(out: Path, jobs: Sequence[Job]) -> bool:
-    """Whether ``out`` is the finished set of these jobs already."""
-    marked = any((out / split / MARKER).exists() for split in SPLITS)
-    there = {tar for split in SPLITS for tar in (out / split).glob("*.tar")}
-    return (out / MANIFEST).is_file() and not marked and there <= {job.path for job in jobs}
+def _write(out: Path, jobs: dict[Path, Job], processes: int) -> dict[Path, Written]:
+    """Write the jobs, by the place that their shards are for; those that a build left aside are kept."""
+    places = {job.path: place for place, job in jobs.items()}
+    done = {place: written for place, job in jobs.items() if (written := finished(job)) is not None}
+    todo = [job for place, job in jobs.items() if place not in done]
+    check_space(out, sum(job.bytes for job in todo))
+    for job in todo:
+        job.path.parent.mkdir(parents=True, exist_ok=True)
+        job.receipt.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        done |= {places[job.path]: written for job, written in write_all(todo, processes)}
+    except OSError as error:
+        raise ValueError(
+            f"{out}: the build stopped at {error.filename or 'a shard'} ({error.strerror or error}). Make room, or "
+            "mend that file, and build again: the shards that are finished are kept."
+        ) from error
+    return done
+
+
+def _report(
+    out: Path, seen: Survey, left: list[LeftOut], jobs: Sequence[Job], done: dict[Path, Written], kept: int
+) -> Report:
+    rows = {line.row for line in left}
+    taken = [record for job in jobs for record in job.records if record.row not in rows]
+    text_only = sum(not record.images for record in taken)
+    sources = Counter(record.source for record in taken)
+    return Report(out, True, seen, left, _shards(jobs, done), kept, sources, text_only)
 
 
 def _beside(out: Path) -> Path:
@@ -138,15 +168,10 @@ def _list(report: Report, file: Path) -> None:
 
 def _finish(files: CorpusFiles, how: How, jobs: Sequence[Job], report: Report) -> None:
     """Take away what an earlier build left, and write the report and the manifests; the top one last."""
-    out, paths = report.out, {job.path for job in jobs}
-    for split, shards in report.shards.items():
-        if not shards:
-            raise ValueError(
-                f"{files.json}: no record of {split} could be taken ({_by_reason(report.left_out)}). Nothing is built."
-            )
-        for tar in (out / split).glob("*.tar"):
-            if tar not in paths:
-                remove_shard(tar)
+    out = report.out
+    for tar in spare(out, jobs):
+        remove_shard(tar)
+    shutil.rmtree(aside(out), ignore_errors=True)
     for receipt in (out / RECEIPTS).glob("*-*.json"):
         if receipt not in {job.receipt for job in jobs}:
             receipt.unlink()
@@ -194,50 +219,6 @@ def _identity(files: CorpusFiles, how: How, sha256: str) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _folder(files: CorpusFiles, out: Path, how: How, sha256: str) -> Iterator[None]:
-    """``out``, for this build alone, and holding nothing else's shards."""
-    receipts = out / RECEIPTS
-    told = receipts / "made_of.json"
-    if not told.exists():
-        ours = [out / name for name in (MANIFEST, LEFT_OUT)] + [out / split / MANIFEST for split in SPLITS]
-        foreign = [path for path in ours if path.exists()]
-        foreign += [tar for split in SPLITS for tar in (out / split).glob("*.tar")]
-        if foreign:
-            raise ValueError(f"{foreign[0]} was not made by this command. Choose another out=, or empty {out}.")
-    for split in SPLITS:
-        (out / split).mkdir(parents=True, exist_ok=True)
-    receipts.mkdir(exist_ok=True)
-    with (receipts / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{out}: another build writes here. Wait for it, or choose another out=.") from error
-        mine = _identity(files, how, sha256)
-        if told.exists():
-            its = json.loads(told.read_bytes())
-            differ = [f"{key} {its.get(key)} (now {value})" for key, value in mine.items() if its.get(key) != value]
-            if differ:
-                raise ValueError(
-                    f"{out} was built otherwise: {', '.join(differ)}. Sets are never mixed: choose another out=, or "
-                    "remove this one and build it again."
-                )
-        else:
-            write_json(told, mine)
-        for split in SPLITS:
-            sweep(out / split)
-        yield
-
-
-def _check_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out).free
-    if needed * 1.02 > free:
-        raise ValueError(
-            f"{out}: {needed / 1e9:.1f} GB are to be written, but {free / 1e9:.1f} GB are free. Make room, or choose "
-            "another out=."
-        )
-
-
 def _shards(jobs: Sequence[Job], done: dict[Path, Written]) -> dict[str, list[ShardInfo]]:
     shards: dict[str, list[ShardInfo]] = {split: [] for split in SPLITS}
     for job in jobs:
@@ -245,11 +226,6 @@ def _shards(jobs: Sequence[Job], done: dict[Path, Written]) -> dict[str, list[Sh
         if shard is not None:
             shards[job.split].append(shard)
     return shards
-
-
-def _taken(jobs: Sequence[Job], left: Sequence[LeftOut]) -> Counter[str]:
-    rows = {line.row for line in left}
-    return Counter(record.source for job in jobs for record in job.records if record.row not in rows)
 
 
 def _by_reason(left: Sequence[LeftOut]) -> str:

@@ -44,8 +44,9 @@ def _totals(report: Report, name: str, expected: ExpectedConfig) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     table.add_column("")
     rows = [("all", expected.records, seen.records, report.taken.total())]
-    rows.append(("without an image", expected.text_only, seen.sources[TEXT], report.taken[TEXT]))
-    for source in sorted({*seen.sources, *expected.sources} - {TEXT}):
+    rows.append(("without an image", expected.text_only, seen.text_only, report.text_only))
+    counted = {TEXT} if seen.sources[TEXT] == seen.text_only else set()
+    for source in sorted({*seen.sources, *expected.sources} - counted):
         rows.append((source, expected.sources.get(source), seen.sources[source], report.taken[source]))
     for what, published, found, taken in rows:
         same = "" if published is None else "as published" if published == found else f"{found - published:+,}"

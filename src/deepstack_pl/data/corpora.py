@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from deepstack_pl.batch import Reason, Refused
 from deepstack_pl.data.config import DataConfig, Source
 from deepstack_pl.data.json_file import JsonList, Row
-from deepstack_pl.data.llava import PLACEHOLDER, check_turns, image_names, source_of
+from deepstack_pl.data.llava import PLACEHOLDER, TEXT, check_turns, image_names, source_of
 from deepstack_pl.data.llava_json import split_rows
 from deepstack_pl.data.progress import bar
 from deepstack_pl.data.shards import stored_bytes
@@ -69,6 +69,7 @@ class Survey:
 
     Attributes:
         records: how many there are; ``sources`` counts them by source.
+        text_only: how many name no image.
         found: those that can be taken, by split, in the order of the file.
         repeated: how many ask several times for their one image.
         leading: how many start with an answer, which is dropped.
@@ -77,6 +78,7 @@ class Survey:
 
     sha256: str = ""
     records: int = 0
+    text_only: int = 0
     sources: Counter[str] = field(default_factory=Counter)
     found: dict[str, list[Found]] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
@@ -123,7 +125,9 @@ def survey(files: CorpusFiles, val_samples: int) -> Survey:
     with bar(f"Reading {files.json.name}", listed.size, in_bytes=True) as advance:
         for row in listed:
             names.append(())
-            source = source_of(row.values) or files.name
+            source = source_of(row.values)
+            seen.text_only += source == TEXT
+            source = source or files.name
             seen.sources[source] += 1
             try:
                 key = f"{files.json.name}:{row.number}"

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deepstack_pl.data.config import FinePrintConfig
 from deepstack_pl.data.loom import COLOURS, WEAVES, Loom, Page
+from deepstack_pl.data.progress import bar
 from deepstack_pl.data.shards import MANIFEST, ShardWriter, read_manifest, write_json
 
 __all__ = [
@@ -82,9 +82,7 @@ def _write(config: FinePrintConfig, folder: Path) -> None:
     pages = dict(zip(SPLITS, (config.train_pages, config.val_pages), strict=True))
     manifest: dict[str, Any] = {"name": "fine_print", "version": VERSION, "values": asdict(config), "splits": {}}
     loom = Loom(config)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("Writing the fine print set", total=sum(pages.values()))
+    with bar("Writing the fine print set", sum(pages.values())) as advance:
         for split, count in pages.items():
             with ShardWriter(folder / split, max_samples=SHARD_SAMPLES) as writer:
                 for number in range(count):
@@ -92,7 +90,7 @@ def _write(config: FinePrintConfig, folder: Path) -> None:
                     image = _png(page)
                     for record in _records(config, page, split, number):
                         writer.write(record, [image])
-                    progress.advance(task)
+                    advance(1)
             shards = [{**asdict(shard), "name": f"{split}/{shard.name}"} for shard in writer.shards]
             samples = sum(shard.samples for shard in writer.shards)
             manifest["splits"][split] = {"pages": count, "samples": samples, "shards": shards}

@@ -95,11 +95,11 @@ class LocalFolder:
         doubtful: Sequence[Path],
     ) -> list[ShardIndex | None]:
         """Hash the doubtful ones, or build what is not there."""
-        proved = []
+        proved, again = [], set(doubtful)
         size = sum(tar.stat().st_size for tar in doubtful)
         with bar(f"Reading {len(doubtful)} shards of {self.folder}", size, in_bytes=True) as advance:
             for tar, index in zip(tars, found, strict=True):
-                if tar not in doubtful:
+                if tar not in again:
                     proved.append(index)
                     continue
                 fresh = build_index(tar, advance) if index is None else _hash_again(tar, index, listed, advance)

@@ -4,6 +4,7 @@ JPEG is decoded by simplejpeg, everything else by Pillow: the pixels are Pillow'
 applied and of an animation the first frame is taken, as LLaVA and its descendants do.
 """
 
+import warnings
 from io import BytesIO
 
 import simplejpeg
@@ -88,7 +89,9 @@ def _open(data: bytes, where: str) -> Image.Image:
     if kind is None:
         raise _unreadable(data, where)
     try:
-        return Image.open(BytesIO(data), formats=(_PILLOW[kind],))
+        with warnings.catch_warnings():  # our own bound is below the one that Pillow warns of
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(BytesIO(data), formats=(_PILLOW[kind],))
     except Image.DecompressionBombError as error:  # a bound of Pillow's own, above ours
         raise _too_large(where, f"more than {MAX_PIXELS:,}") from error
     except UnidentifiedImageError as error:  # its text is the address of an object in memory
@@ -110,19 +113,33 @@ def _jpeg_header(data: bytes) -> tuple[int, int, str] | None:
 
 def _decode_jpeg(data: bytes, where: str) -> Image.Image | None:
     """The pixels of a JPEG, decoded strictly: Pillow hands out what a cut file has, and grey for the rest. None where
-    Pillow is to decode: four colours, whose rounding differs, and bytes too many, which lose nothing.
+    Pillow is to decode: four colours, whose rounding differs.
+
+    Bytes after the end, and zeros before the end marker, lose nothing. Other bytes too many mean that a scan is damaged
+    (one in two such pictures is wrong by a third): refused.
     """
     header = _jpeg_header(data)
     if header is None:
         return None
     inks = header[2] in ("CMYK", "YCCK")
+    colours = "CMYK" if inks else "RGB"
     try:
-        pixels = simplejpeg.decode_jpeg(data, "CMYK" if inks else "RGB")
+        try:
+            pixels = simplejpeg.decode_jpeg(data, colours)
+        except ValueError as error:
+            if "extraneous bytes before marker 0xd9" not in str(error):
+                raise
+            pixels = simplejpeg.decode_jpeg(_without_padding(data), colours)
     except ValueError as error:
-        if "extraneous bytes" in str(error):
-            return None
         raise _unreadable(data, where, error) from error
     return None if inks else Image.fromarray(pixels)
+
+
+def _without_padding(data: bytes) -> bytes:
+    """Without the zeros before the end marker. A scan of which zeros took a part is cut off without them."""
+    end = data.rfind(b"\xff\xd9")
+    scan = data[:end].rstrip(b"\0")
+    return scan + (b"\0" if scan.endswith(b"\xff") else b"") + data[end:]  # FF 00 is a byte of the scan
 
 
 def _unreadable(data: bytes, where: str, error: Exception | None = None) -> Refused:

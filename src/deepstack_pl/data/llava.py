@@ -24,8 +24,6 @@ def record_from_llava(values: dict[str, Any], images: Sequence[Image.Image], key
     """
     turns = check_turns(values, len(images), key)
     kind, facts = values.get("kind", "answer"), values.get("facts", [turns[-1].text])
-    if not isinstance(kind, str) or not isinstance(facts, list) or not all(isinstance(fact, str) for fact in facts):
-        raise _bad(f"{key}: kind is {kind!r}, facts is {facts!r}. Make kind a word and facts a list of strings.")
     return Record(key=key, turns=turns, images=tuple(images), kind=kind, facts=tuple(facts), source=source)
 
 
@@ -36,11 +34,14 @@ def check_turns(values: dict[str, Any], images: int, key: str) -> tuple[Turn, ..
     where a single image is asked for several times in one turn, the turn starts with it once.
 
     Raises:
-        Refused: the turns are not such.
+        Refused: the turns are not such, or ``kind`` and ``facts`` are not.
     """
     conversation = values.get("conversations") if isinstance(values, dict) else None
     if not isinstance(conversation, list):
         raise _bad(f'{key}: no list of "conversations". Write the record in LLaVA\'s format.')
+    kind, facts = values.get("kind", ""), values.get("facts", [])
+    if not isinstance(kind, str) or not isinstance(facts, list) or not all(isinstance(fact, str) for fact in facts):
+        raise _bad(f"{key}: kind is {kind!r}, facts is {facts!r}. Make kind a word and facts a list of strings.")
     turns = [_turn(said, place, key) for place, said in enumerate(conversation)]
     for place, turn in enumerate(turns):
         if turn.role is Role.assistant and PLACEHOLDER in turn.text:

@@ -9,10 +9,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from deepstack_pl.batch import Reason, Record, Refused
+from deepstack_pl.batch import Record
 from deepstack_pl.data.columns import Columns
 from deepstack_pl.data.config import DataConfig
-from deepstack_pl.data.images import decode_image
+from deepstack_pl.data.images import decode_image, image_size
 from deepstack_pl.data.index import header_size
 from deepstack_pl.data.json_file import JsonList
 from deepstack_pl.data.llava import check_turns, image_names, record_from_llava, source_of, text_length
@@ -127,10 +127,8 @@ class LlavaJsonSource:
 
     def _size(self, name: str, key: str) -> tuple[int, int]:
         """Width and height from the image's header."""
-        size = self._sizes.get(name) or header_size(self._file(name).read_bytes())
-        if not size[0]:
-            raise Refused(Reason.image, f"{key}, {name}: no picture. Fetch it again, or leave its record out.")
-        return size
+        size = self._sizes.get(name, (0, 0))
+        return size if size[0] else image_size(self._file(name).read_bytes(), f"{key}, {name}")
 
     def _check_images(self) -> None:
         """Images are looked up once, now, and not after three hours."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from jaxtyping import Int
@@ -18,6 +18,7 @@ from deepstack_pl.data.folders import open_folder
 from deepstack_pl.data.order import shuffled
 from deepstack_pl.data.records import Outline, Source
 from deepstack_pl.data.sources import ShardSource
+from deepstack_pl.data.whole_set import check_set
 
 MIXTURE_VERSION = 1  # of what is taken and drawn
 
@@ -142,6 +143,9 @@ def open_mixture(config: DataConfig) -> Mixture:
     Raises:
         ValueError: an entry is not there or cannot be taken from, or the cache holds too little of the remote ones.
     """
+    for entry in config.mixture:
+        if "://" not in entry.root:
+            check_set(Path(entry.root))
     folders = [open_folder(entry.root, "train", config) for entry in config.mixture]
     if any("://" in entry.root for entry in config.mixture):
         from deepstack_pl.data.remote import RemoteFolder, check_order  # as in `open_folder`

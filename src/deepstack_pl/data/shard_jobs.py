@@ -14,8 +14,8 @@ from typing import Any
 
 from deepstack_pl.batch import Reason, Refused
 from deepstack_pl.data.corpora import CorpusFiles, Found, LeftOut
-from deepstack_pl.data.images import decode_image
-from deepstack_pl.data.index import ShardIndex, header_size, sidecar
+from deepstack_pl.data.images import decode_image, image_size
+from deepstack_pl.data.index import ShardIndex, sidecar
 from deepstack_pl.data.llava import record_from_llava
 from deepstack_pl.data.shards import ShardFile, ShardInfo, sample_members, shard_name, write_json
 from deepstack_pl.data.tars import MAX_MEMBER
@@ -175,8 +175,8 @@ def _members(job: Job, record: Found, data: bytes, key: str) -> dict[str, bytes]
             raise Refused(Reason.missing, says) from error
         if job.decode:
             pictures.append(decode_image(images[-1], where))
-        elif not header_size(images[-1])[0]:
-            raise Refused(Reason.image, f"{where}: no picture. Fetch it again, or leave its record out.")
+        else:
+            image_size(images[-1], where)
     members = sample_members(data, images, key)
     if job.decode:
         record_from_llava(json.loads(data), pictures, key)

@@ -96,8 +96,13 @@ def _read_header(shard: Path, header: bytes, at: int, last: str | None) -> tuple
 def _long_name(shard: Path, member: str, kind: bytes, data: bytes) -> str | None:
     """The next member's name from a header of its own."""
     if kind == b"L":
-        return _text(shard, data.partition(b"\0")[0])
+        name = data.partition(b"\0")[0]
+        if not name:
+            raise refusal(shard, member, "is a long name that is empty", _FETCH)
+        return _text(shard, name)
     found = None
+    if not data.strip(b"\0"):
+        raise refusal(shard, member, "is an extended header that holds nothing", _FETCH)
     while data.strip(b"\0"):
         length, _, rest = data.partition(b" ")
         if not length.isdigit() or not len(length) < int(length) <= len(data):
