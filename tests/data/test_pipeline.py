@@ -39,7 +39,7 @@ def sample(key: str, source: str, refused: tuple[Reason, str] | None = None, ima
         key=key,
         input_ids=ids,
         labels=ids,
-        views=torch.zeros(images, 3, 4, 4),
+        views=torch.zeros(images, 3, 4, 4, dtype=torch.uint8),
         images=images,
         token_index=torch.full((3,), -1),
         sequence_rows=torch.zeros(0, dtype=torch.long),
