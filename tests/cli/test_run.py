@@ -5,17 +5,20 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_run import TINY, go_on, results_of, run_of, start
 
-from deepstack_pl.batch import Record, Role, Turn
+from deepstack_pl.batch import Reason, Record, Refused, Role, Turn
 from deepstack_pl.cli import run as cli_run
 from deepstack_pl.cli import trial
 from deepstack_pl.cli.assemble import make_processor
 from deepstack_pl.cli.provenance import Memory
+from deepstack_pl.data.columns import Columns
 from deepstack_pl.data.config import Batching
 from deepstack_pl.data.sources import open_sources
 from deepstack_pl.training.module import DeepStackModule
@@ -186,11 +189,54 @@ def test_a_trial_step_is_the_worst_case_and_not_the_longest_text(tmp_path: Path)
     chat = Record(key="chat", turns=(Turn(Role.user, "?"), Turn(Role.assistant, "word " * 50)), images=())
     samples = [processor.prepare(record) for record in (picture, chat)]
     config = run_of(*TINY).data
-    worst = trial._worst(samples, config, 0)
-    assert (len(worst.views), len(worst.input_ids)) == (5, len(samples[1].input_ids))
+    longest = len(samples[1].input_ids)
+    worst = trial._worst(samples, config, longest)
+    assert (len(worst.views), len(worst.input_ids)) == (5, longest)
     assert torch.equal(worst.input_ids[: len(samples[0].input_ids)], samples[0].input_ids)
     assert len(worst.labels) == len(worst.token_index) == len(worst.input_ids)
     assert len(trial._worst(samples, config, 300).input_ids) == 300
-    budget = replace(config, batching=Batching.token_budget, token_budget=500)
-    assert trial._worst(samples, budget, 0) is samples[0]
-    assert trial._rows(budget, len(samples[0].input_ids)) == 500 // len(samples[0].input_ids)
+
+
+def test_a_trial_step_fills_a_token_budget_with_the_most_views_that_it_holds() -> None:
+    """Many short samples of one image bring more views than a few long ones of two."""
+    processor = make_processor(run_of(*TINY))
+    image = Image.new("RGB", (64, 64))
+    album = Turn(Role.user, "<image><image>" + "word " * 60), Turn(Role.assistant, "a")
+    short = Turn(Role.user, "<image>?"), Turn(Role.assistant, "a")
+    samples = [
+        processor.prepare(Record(key="album", turns=album, images=(image, image))),
+        processor.prepare(Record(key="short", turns=short, images=(image,))),
+    ]
+    long, least = (len(sample.input_ids) for sample in samples)
+    budget = replace(run_of(*TINY).data, batching=Batching.token_budget, token_budget=5 * long)
+    rows = 5 * long // least
+    assert rows > 10, "else the album's views are as many"
+    worst = trial._worst(samples, budget, longest=10**6)
+    length = len(worst.input_ids)
+    assert (worst.key, trial._rows(budget, length)) == ("short", rows)
+    assert rows * length <= 5 * long < rows * (length + 1)
+    assert len(trial._worst(samples, budget, longest=least).input_ids) == least
+
+
+def test_a_trial_looks_for_the_most_images_and_the_least_text_beyond_the_first_samples() -> None:
+    class Source:
+        def __init__(self) -> None:
+            self.images, self.text = np.array([1] * 400 + [0] * 100), np.full(500, 50)
+            self.read: list[int] = []
+
+        @property
+        def columns(self) -> Columns:
+            return replace(Columns.plain(500), images=self.images, text=self.text)
+
+        def __len__(self) -> int:
+            return 500
+
+        def __getitem__(self, index: int) -> Record:
+            self.read.append(index)
+            raise Refused(Reason.image, "as arranged")
+
+    source = Source()
+    source.images[300], source.text[310], source.text[320], source.text[450] = 2, 60, 10, 5
+    with pytest.raises(Refused, match="as arranged"):
+        trial._looked_at(cast(Any, source), make_processor(run_of(*TINY)))
+    assert source.read == [*range(256), 300, 310, 320], "450 is short, and has no image"

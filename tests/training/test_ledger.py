@@ -6,6 +6,7 @@ from itertools import chain
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from small_run import Pages
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -67,6 +68,16 @@ def test_a_refused_sample_keeps_its_row_and_every_one_is_a_line_and_a_number(tmp
     assert (last["data/refused"], last["data/refused/image"], last["data/cut_samples"]) == (2, 2, 2)
     assert (last["data/samples/warm"], last["data/samples/cold"]) == (12, 10)
     assert last["train/loss/warm"] > 0
+
+
+def test_counts_are_logged_every_so_many_steps_and_never_within_one(tmp_path):
+    datamodule, logger = spoilt(tmp_path, micro_batch_size=2), TensorBoardLogger(tmp_path, name="", version="")
+    seldom = LambdaCallback(on_fit_start=lambda trainer, module: setattr(trainer, "log_every_n_steps", 2))
+    fit(tmp_path, seldom, DataCounts(), datamodule=datamodule, logger=logger)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    samples, refused = events.Scalars("data/samples"), events.Scalars("data/refused")
+    assert [event.step for event in samples] == [2, 4, 6]
+    assert [trained.value + gone.value for trained, gone in zip(samples, refused, strict=True)] == [8, 16, 24]
 
 
 def test_the_first_refused_sample_stops_a_run_that_allows_none_and_stands_in_the_ledger(tmp_path):

@@ -25,13 +25,15 @@ _LOOKED_AT = 256  # samples among which a trial step looks for the longest
 
 def one_step(run: RunConfig, folder: Path, work: Assembly, console: Console, memory: Memory) -> None:
     """A real step on the worst case: a full micro-batch, every row as long as the longest sample and with as many views
-    as any, images filling the largest grid.
+    as any, images filling the largest grid. Of ``data.token_budget``, all, with the most views that it holds.
     """
     processor = work.processor
     take_receipt(work.module.network, processor).require()
     streamed = isinstance(work.train, PipelineSource)  # nothing is known of its samples: those of validation stand in
     samples = _looked_at(work.val if isinstance(work.train, PipelineSource) else work.train, processor)
-    sample = _worst(samples, run.data, run.llm.max_length if streamed else 0)
+    unknown = streamed or run.data.batching is Batching.token_budget  # there rows may be as long as the budget leaves
+    longest = run.llm.max_length if unknown else max(len(sample.input_ids) for sample in samples)
+    sample = _worst(samples, run.data, longest)
     batch = processor.collate([sample] * _rows(run.data, len(sample.input_ids)))
     once = {"max_steps": 1, "accumulate_grad_batches": 1, "log_every_n_steps": 1}
     trainer = build_trainer(run, folder, [], None, **once, enable_checkpointing=False, enable_progress_bar=False)
@@ -64,9 +66,14 @@ def _rows(config: DataConfig, length: int) -> int:
 
 
 def _looked_at(source: Source, processor: DeepStackProcessor) -> list[Sample]:
-    """The first samples, and those with the most images and the most text, as large as they can be."""
+    """The first samples, and those with the most images, the most text, and an image and the least text; their images
+    as large as they can be.
+    """
     columns = source.columns
     numbers = {*range(min(len(source), _LOOKED_AT)), int(columns.images.argmax()), int(columns.text.argmax())}
+    with_image = (columns.images > 0).nonzero()[0]
+    if len(with_image):
+        numbers.add(int(with_image[columns.text[with_image].argmin()]))  # the most of them share a token budget
     samples: list[Sample] = []
     refused: list[Refused] = []
     for index in sorted(numbers):
@@ -79,13 +86,20 @@ def _looked_at(source: Source, processor: DeepStackProcessor) -> list[Sample]:
     return samples
 
 
-def _worst(samples: Sequence[Sample], config: DataConfig, least: int) -> Sample:
-    """The sample with the most views, lengthened to the longest of all, or to ``least`` positions."""
-    views = max(len(sample.views) for sample in samples)
-    most = min((s for s in samples if len(s.views) == views), key=lambda s: len(s.input_ids))
+def _worst(samples: Sequence[Sample], config: DataConfig, longest: int) -> Sample:
+    """The sample that brings the most views into one forward, lengthened to ``longest`` positions, or to as many of
+    them as ``data.token_budget`` leaves each row.
+    """
+
+    def weight(sample: Sample) -> tuple[int, int]:
+        length = len(sample.input_ids)
+        return len(sample.views) * _rows(config, length), -length
+
+    most = max(samples, key=weight)
+    length = len(most.input_ids)
     if config.batching is Batching.token_budget:
-        return most  # short ones with many views: a micro-batch holds the more of them
-    missing = max(least, *(len(sample.input_ids) for sample in samples)) - len(most.input_ids)
+        longest = min(longest, config.token_budget // _rows(config, length))
+    missing = longest - length
     if missing <= 0:
         return most
     ids, labels, index = (

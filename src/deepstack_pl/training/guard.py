@@ -19,11 +19,11 @@ class FirstStepGuard(lightning.Callback):
     """Stops a run whose stage is not what the optimiser does.
 
     Before the first optimiser step: no trainable parameter's gradient is None. Around the first step with a learning
-    rate above zero that holds an image: frozen parameters are bit-identical, and each trained part has changed. (A step
-    of text alone gives the vision path gradients of zero.)
+    rate above zero: frozen parameters are bit-identical, and each trained part has changed. A step of text alone gives
+    the vision path gradients of zero and proves only the LLM; the first one that holds an image is then looked at too.
 
     Attributes:
-        done: both checks have passed; from then on the guard costs nothing.
+        done: all checks have passed; from then on the guard costs nothing.
     """
 
     def __init__(self) -> None:
@@ -31,6 +31,7 @@ class FirstStepGuard(lightning.Callback):
         self._gradients_seen = False
         self._before: dict[str, Tensor] = {}
         self._images = False  # whether any micro-batch of this step holds one
+        self._text_passed = False  # a step of text alone was looked at
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: MultimodalBatch, batch_idx: int
@@ -53,9 +54,11 @@ class FirstStepGuard(lightning.Callback):
                     f"{_some(missing)}. Freeze them in the stage, or connect them to the loss."
                 )
             self._gradients_seen = True
-        if self._images and any(group["lr"] > 0 for group in optimizer.param_groups):
+        moves = any(group["lr"] > 0 for group in optimizer.param_groups)
+        if moves and (self._images or not self._text_passed):
             self._before = digests(named)
-        self._images = False
+        else:
+            self._images = False  # nothing to look at: the next step's count anew
 
     def on_train_batch_end(
         self,
@@ -69,9 +72,9 @@ class FirstStepGuard(lightning.Callback):
             return
         assert isinstance(pl_module, DeepStackModule)
         changed = self._changed(pl_module)
+        images, self._before, self._images = self._images, {}, False
         if not changed and trainer.scaler is not None:
-            self._before = {}  # fp16's loss scaler left this step out: look at the next one
-            return
+            return  # fp16's loss scaler left this step out: look at the next one
         by_part = parts(pl_module.network)
         frozen = [name for named in by_part.values() for name, p in named if not p.requires_grad and name in changed]
         if frozen:
@@ -80,13 +83,14 @@ class FirstStepGuard(lightning.Callback):
                 f"{_some(frozen)}. Something other than the optimiser's groups writes to them."
             )
         for part, named in by_part.items():
-            trained = [name for name, p in named if p.requires_grad]
+            trained = [name for name, p in named if p.requires_grad and (images or part == "llm")]
             if trained and not changed.intersection(trained):
                 raise RuntimeError(
                     f"no parameter of the trained part {part!r} changed in the first step with a learning rate above "
-                    f"zero: {_some(trained)}. Its gradient or its learning rate is zero."
+                    f"zero{' and an image' if images else ''}: {_some(trained)}. Its "
+                    "gradient or its learning rate is zero."
                 )
-        self.done, self._before = True, {}
+        self.done, self._text_passed = images, True
 
     def _changed(self, module: DeepStackModule) -> set[str]:
         after = digests(module.network.named_parameters())
