@@ -66,15 +66,15 @@ class VisionEncoder(nn.Module):
                 scale = scales[gated.index(injection)] if scales is not None and injection in gated else None
                 hidden = inject(hidden, sources, rows, injection, scale, traces)
             if layer < self.plan.vit_layers:
-                hidden = self.tower.blocks[layer](hidden)
+                hidden = self.tower.run(layer, hidden)
         return hidden[:, prefix:]
 
     def _one_pass(self, pixels: Float[Tensor, "v 3 s s"], images: int) -> Float[Tensor, "k p2 d"]:
         """Global views by themselves, each image's tiles as one enlarged image, cut up again afterwards."""
         prefix, side, patches = self.tower.prefix, isqrt(self.plan.most_tiles), self.tower.config.patches_per_side
         small, large = self.tower.embed(pixels[:images]), self.tower.embed_together(pixels[images:], (side, side))
-        for block in self.tower.blocks[: self.plan.vit_layers]:
-            small, large = block(small), block(large)
+        for layer in range(self.plan.vit_layers):
+            small, large = self.tower.run(layer, small), self.tower.run(layer, large)
         cut = rearrange(large[:, prefix:], "i (r h c w) d -> (i r c) (h w) d", r=side, c=side, h=patches, w=patches)
         return torch.cat([small[:, prefix:], cut])
 

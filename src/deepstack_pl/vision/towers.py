@@ -68,6 +68,10 @@ class OpenClipTower(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.visual.transformer.resblocks
 
+    def run(self, layer: int, hidden: Float[Tensor, "v t d"]) -> Float[Tensor, "v t d"]:
+        """One block, from hidden state ``layer`` to the next; ``t`` may be any number of tokens after the prefix."""
+        return self.blocks[layer](hidden)
+
     def unreachable(self) -> list[str]:
         """Names of parameters that no feature depends on: blocks after the tapped layer, the final norm."""
         names = ["visual.ln_post"]
