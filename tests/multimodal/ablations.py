@@ -13,7 +13,7 @@ from torch import Tensor
 from deepstack_pl.batch import MultimodalBatch, PadSide, Sample, collate
 from deepstack_pl.language.config import TooLong
 from deepstack_pl.multimodal.build import build_model
-from deepstack_pl.multimodal.config import ProjectorConfig, Sharing
+from deepstack_pl.multimodal.config import ProjectorConfig, ProjectorKind, Sharing
 from deepstack_pl.multimodal.expand import make_sample
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.stacking.config import (
@@ -45,6 +45,18 @@ HD = ModelConfig(
 )
 STRING = ModelConfig(name="string", groups=0, sequence=Sequence.global_and_tiles)
 BLANK = ModelConfig(name="blank", sequence=Sequence.blank)
+TAPS = ModelConfig(name="taps", tiles=0, source=Source.tap, taps=[1, 2], groups=2)
+GRANITE = ModelConfig(
+    name="granite",
+    tiles=0,
+    pooling=2,
+    sequence=Sequence.blank,
+    source=Source.tap,
+    taps=[-1, 1],
+    groups=2,
+    start_layer=0,
+    injections=[InjectionConfig(source=Source.spatial, group=k, layer=2 + k) for k in range(4)],
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class Arm:
     plan: ModelConfig
     sharing: Sharing = Sharing.shared
     before: dict | None = None
+    kind: ProjectorKind = ProjectorKind.mlp2x_gelu
 
 
 def _whole(layer: int, host: Host = Host.llm) -> InjectionConfig:
@@ -139,13 +152,43 @@ ARMS = {
     ),
 }
 
+ARMS |= {
+    # What others do with the same idea
+    "input_fusion": Arm(replace(L, start_layer=0, interval=0, collisions=Collisions.sum), before={"interval": 1}),
+    "taps": Arm(TAPS, before={"taps": [2, 1]}),
+    "taps_of_a_merger": Arm(replace(TAPS, pooling=2), kind=ProjectorKind.patch_merger, before={"taps": [0, 3]}),
+    "taps_of_a_string": Arm(
+        replace(TAPS, tiles=4, sequence=Sequence.global_and_tiles, order=Order.raster, newline=Newline.rows),
+        before={"taps": [1, 3]},
+    ),
+    "taps_under_a_stacked_tower": Arm(
+        replace(TAPS, tiles=4, injections=[InjectionConfig(host=Host.vit, group=k, layer=k) for k in range(4)]),
+        before={"injections": []},
+    ),
+    "taps_unshared_gated": Arm(
+        replace(TAPS, tiles=4, operator=Operator.gated_add, injections=[InjectionConfig(group=1, layer=4)]),
+        Sharing.global_and_tiles,
+        before={"operator": Operator.add},
+    ),
+    "granite": Arm(GRANITE, before={"taps": [1, -1]}),
+    "granite_shuffled": Arm(
+        GRANITE, Sharing.per_injection, before={"taps": [-1, 2]}, kind=ProjectorKind.pixel_shuffle
+    ),
+    "spatial_string": Arm(replace(STRING, pooling=2, source=Source.spatial, groups=4), before={"groups": 3}),
+    "per_injection": Arm(replace(L, injections=[_whole(5)]), Sharing.per_injection, before={"injections": []}),
+    "pixel_shuffle": Arm(replace(L, pooling=2), kind=ProjectorKind.pixel_shuffle, before={"start_layer": 2}),
+    "merger_of_details": Arm(
+        replace(HD, pooling=2), Sharing.per_injection, kind=ProjectorKind.patch_merger, before={"newline": Newline.rows}
+    ),
+}
+
 
 PLAIN = {"l": Arm(L), "v": Arm(V), "hd": Arm(HD)}
 
 
 def model_of(arm: Arm, seed: int = 0) -> DeepStackForConditionalGeneration:
     """The tiny model of ``arm``, gates open."""
-    projector = ProjectorConfig(name="mlp", sharing=arm.sharing)
+    projector = ProjectorConfig(name="mlp", kind=arm.kind, sharing=arm.sharing)
     model = build_model(arm.plan, tiny_llm(), tiny_vision(), projector, seed=seed, image_token_id=IMAGE_TOKEN).eval()
     for gate in model.gates.values():
         gate.data = torch.linspace(0.3, 1.0, len(gate))

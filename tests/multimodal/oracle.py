@@ -4,7 +4,7 @@ No index tables, no batch, no hooks, and nothing of what the product cuts, deals
 two-dimensional slices of a mosaic, and a loop over a Llama's layers. It is the same for every plan (method A, B).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, isqrt
 
 import numpy as np
@@ -43,6 +43,7 @@ class Seen:
     tiles: list[Tensor]
     details: list[list[Tensor]]
     grid: Grid
+    taps: "list[Seen]" = field(default_factory=list)
 
 
 # From an image to pixels
@@ -151,7 +152,7 @@ def tower_slowly(model: DeepStackForConditionalGeneration, pixels: Seen) -> Seen
     states = [
         embed_slowly(model, view) for view in [pixels.whole, *tiles, *(view for own in pixels.details for view in own)]
     ]
-    at, groups = plan.at(Host.vit), {}
+    at, groups, tapped = plan.at(Host.vit), {}, {}
     for layer in range(plan.vit_layers + 1):
         if at and layer == min(at):
             dealt = deal_slowly([state[1:] for state in states[1 : 1 + len(tiles)]], grid, plan.dealing)
@@ -161,36 +162,66 @@ def tower_slowly(model: DeepStackForConditionalGeneration, pixels: Seen) -> Seen
             if injection.dealt in groups:
                 added = scale_of(model, injection) * groups[injection.dealt]
                 states[0] = torch.cat([states[0][:1], states[0][1:] + added])
+        tapped[layer] = states
         if layer < plan.vit_layers:
             states = [model.vision_tower.tower.blocks[layer](state[None])[0] for state in states]
+    seen = _sorted(plan, states, len(tiles), grid, joined)
+    seen.taps = [_sorted(plan, tapped[tap], len(tiles), grid, joined) for tap in plan.taps]
+    return seen
+
+
+def _sorted(plan: Plan, states: list[Tensor], tiles: int, grid: Grid, joined: bool) -> Seen:
+    """Hidden states of all views, as what they are of."""
     features = [state[1:] for state in states]
-    own = features[1 : 1 + len(tiles)]
+    own = features[1 : 1 + tiles]
     if joined and own:
         large = own[0].view(grid[1] * isqrt(len(features[0])), grid[0] * isqrt(len(features[0])), -1)
         rows = [row.chunk(grid[0], dim=1) for row in large.chunk(grid[1], dim=0)]
         own = [tile.flatten(0, 1) for row in rows for tile in row]
-    rest = features[1 + len(tiles) :]
+    rest = features[1 + tiles :]
     per_view = plan.detail**2
     return Seen(features[0], own, [rest[i : i + per_view] for i in range(0, len(rest), per_view)], grid)
 
 
-def project_slowly(model: DeepStackForConditionalGeneration, seen: Seen) -> Seen:
-    """Each view projected, then averaged over squares of ``pooling`` x ``pooling`` tokens."""
-    f = model.plan.pooling
-    shared = model.config.projector_sharing == "shared"
-    of_whole = model.projector if shared else model.projector.global_view
-    of_others = model.projector if shared else model.projector.tiles
+def project_slowly(model: DeepStackForConditionalGeneration, seen: Seen, dealt: Dealt | None = None) -> Seen:
+    """Each view projected, for the text or for group ``dealt``: squares of tokens averaged or joined."""
+    own = None if dealt is None else dict(model.own_projectors.items()).get(f"{dealt[0].value}_{dealt[1]}")
+    if own is None and model.projector is None:
+        return Seen(seen.whole[:0], [], [], seen.grid)  # nothing reads it
+    unshared = model.config.projector_sharing == "global_and_tiles"
+    of_whole = own or (model.projector.global_view if unshared else model.projector)
+    of_others = own or (model.projector.tiles if unshared else model.projector)
 
-    def pooled(tokens: Tensor) -> Tensor:
-        large = square(tokens)
-        return (sum(large[i::f, j::f] for i in range(f) for j in range(f)) / f**2).flatten(0, 1)
+    def projected(project: torch.nn.Module, tokens: Tensor) -> Tensor:
+        return one_slowly(model, project, tokens, dealt)
 
     return Seen(
-        pooled(of_whole(seen.whole)),
-        [pooled(of_others(tile)) for tile in seen.tiles],
-        [[pooled(of_others(view)) for view in own] for own in seen.details],
+        projected(of_whole, seen.whole),
+        [projected(of_others, tile) for tile in seen.tiles],
+        [[projected(of_others, view) for view in own] for own in seen.details],
         seen.grid,
     )
+
+
+def one_slowly(
+    model: DeepStackForConditionalGeneration, project: torch.nn.Module, tokens: Tensor, dealt: Dealt | None
+) -> Tensor:
+    """The tokens of one view through one projector, square by square."""
+    f, kind, large, source = model.plan.pooling, model.config.projector, square(tokens), dealt and dealt[0]
+    corners = [large[i::f, j::f].flatten(0, 1) for i in range(f) for j in range(f)]
+    if source is Source.spatial:
+        corners = [corners[dealt[1]]]
+    if kind == "pixel_shuffle":
+        return project[2](F.gelu(project[0](torch.cat(corners, dim=1))))
+    if kind == "patch_merger":
+        norm = project.norm
+        one = len(norm.weight) // (len(corners) if source is Source.tap else 1)
+        assert one == tokens.shape[1]
+        corners = corners if source is Source.tap else [norm(corner) for corner in corners]
+        joined = torch.cat(corners, dim=1)
+        joined = norm(joined) if source is Source.tap else joined
+        return project.linear_fc2(F.gelu(project.linear_fc1(joined)))
+    return sum(project(corner) for corner in corners) / len(corners)
 
 
 # From tokens to the text sequence
@@ -224,18 +255,27 @@ def encode_slowly(model: DeepStackForConditionalGeneration, image: Image.Image) 
     newline = None if plan.newline is Newline.none else model.image_newline
     tokens = lay_slowly(plan, seen.whole, seen.tiles, seen.grid, newline)
     if plan.sequence is Sequence.blank:
-        tokens = torch.zeros_like(tokens)
-    groups: dict[Dealt, Tensor] = {(Source.global_view, 0): seen.whole}
-    for k, group in enumerate(deal_slowly(seen.tiles, seen.grid, plan.dealing)):
-        groups[Source.tiles, k] = group
-    if seen.details:
+        taken = len(features.whole) // plan.pooling**2
+        tokens = torch.zeros(taken, model.config.text_config.hidden_size)
+    groups = {dealt: group_slowly(model, features, dealt) for dealt in plan.groups(Host.llm)}
+    return tokens, {dealt: group for dealt, group in groups.items() if group is not None}
+
+
+def group_slowly(model: DeepStackForConditionalGeneration, features: Seen, dealt: Dealt) -> Tensor | None:
+    """What one group adds from an image's first position on; None where a small grid does not fill it."""
+    plan, (source, k), grid = model.plan, dealt, features.grid
+    seen = project_slowly(model, features.taps[k] if source is Source.tap else features, dealt)
+    newline = None if plan.newline is Newline.none else model.image_newline
+    if source is Source.global_view:
+        return seen.whole
+    if source is Source.tiles:
+        groups = deal_slowly(seen.tiles, grid, plan.dealing)
+        return groups[k] if k < len(groups) else None
+    if source is Source.detail:
         again = None if newline is None else newline * (plan.newline is Newline.rows_and_groups)
-        side = (plan.detail, plan.detail)
-        dealt = [deal_slowly(own, side, plan.dealing) for own in seen.details]  # for each view, each group
-        for k in range(plan.detail**2):
-            whole, *tiles = [of_view[k] for of_view in dealt]
-            groups[Source.detail, k] = lay_slowly(plan, whole, tiles, seen.grid, again)
-    return tokens, groups
+        dealt_views = [deal_slowly(own, (plan.detail, plan.detail), plan.dealing)[k] for own in seen.details]
+        return lay_slowly(plan, dealt_views[0], dealt_views[1:], grid, again)
+    return lay_slowly(plan, seen.whole, seen.tiles, grid, None if newline is None else newline * 0)
 
 
 # The whole model

@@ -182,9 +182,10 @@ def test_two_projectors_start_apart_and_serve_global_views_and_all_others() -> N
     assert not torch.equal(model.projector.global_view[0].weight, model.projector.tiles[0].weight)
     batch = batch_for(model, MIXED[1:2])
     with torch.no_grad():
-        tokens = model.encode(batch.views, batch.vit_rows).view(len(batch.views), 16, -1)
+        features = model.vision_tower(batch.views, batch.vit_rows)[0]
+        tokens = model.projector(features, 1)
         model.projector.tiles[0].weight.add_(1.0)
-        moved = model.encode(batch.views, batch.vit_rows).view(len(batch.views), 16, -1)
+        moved = model.projector(features, 1)
     changed = (tokens != moved).flatten(1).any(1)
     assert changed.tolist() == [False] + [True] * (len(batch.views) - 1)
 

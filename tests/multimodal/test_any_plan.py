@@ -9,7 +9,7 @@ from ablations import Arm, assert_like_the_oracle, model_of
 from tiny import picture
 
 from deepstack_pl.batch import PadSide
-from deepstack_pl.multimodal.config import Sharing
+from deepstack_pl.multimodal.config import ProjectorKind, Sharing
 from deepstack_pl.stacking.config import (
     Collisions,
     Dealing,
@@ -39,7 +39,8 @@ VALUES = {
     "pooling": (1, 2, 4),
     "groups": (0, 1, 2, 4),
     "start_layer": (0, 1, 2),
-    "interval": (1, 2),
+    "interval": (0, 1, 2),
+    "taps": ([], [1, 3], [-1, 0], [2]),
     **{
         name: tuple(kind)
         for name, kind in {
@@ -77,7 +78,7 @@ def drawn(draw: random.Random) -> Arm:
         for _ in range(draw.choice((0, 0, 1, 2)))
     ]
     plan = ModelConfig(name="drawn", collisions=Collisions.sum, injections=injections, **values)
-    return Arm(plan, draw.choice(list(Sharing)))
+    return Arm(plan, draw.choice(list(Sharing)), kind=draw.choice(list(ProjectorKind)))
 
 
 def test_every_setting_of_a_plan_is_drawn() -> None:

@@ -69,7 +69,7 @@ def test_two_injections_on_one_layer_are_refused_unless_summed_on_purpose() -> N
         ({"tiles": 5, "groups": 5, "grid": GridRule.square}, "5 tiles \\(square\\) deal at most 4 groups"),
         ({"tiles": 1, "groups": 0}, "no grid of one tile"),
         ({"tiles": -1}, "cannot be negative"),
-        ({"interval": 0}, "interval must be at least 1"),
+        ({"interval": 0}, r"model\.interval=0 adds all 4 groups before layer 1.*model\.collisions=sum"),
         ({"tiles": 0, "groups": 0, "sequence": Sequence.global_and_tiles}, "needs tiles"),
         ({"injections": [InjectionConfig(group=4, layer=8)]}, "deal groups 0 to 3"),
         ({"injections": [InjectionConfig(group=0, layer=12)]}, "the LLM has 12 layers \\(0 to 11\\)"),
@@ -92,8 +92,8 @@ AGAIN = InjectionConfig(source=Source.global_view, layer=2)
     [
         (replace(L, detail=0), r"model\.detail=0.*must be at least 1"),
         (replace(L, pooling=0), r"model\.pooling=0.*must be at least 1"),
-        (replace(L, groups=-1), r"model\.groups=-1.*cannot be negative"),
-        (replace(L, start_layer=-1), r"model\.start_layer=-1.*cannot be negative"),
+        (replace(L, groups=-1), r"model\.groups=-1.*none can be negative"),
+        (replace(L, start_layer=-1), r"model\.start_layer=-1.*none can be negative"),
         (replace(STRING, tiles=0, sequence=Sequence.tiles), "model.sequence=tiles needs tiles"),
         (replace(STRING, tiles=0, sequence=Sequence.channels), "model.sequence=channels needs tiles"),
         (replace(L, order=Order.raster), "model.sequence=global_view has none. Say model.order=by_group"),
@@ -136,7 +136,7 @@ AGAIN = InjectionConfig(source=Source.global_view, layer=2)
         ),
         (
             replace(L, injections=[InjectionConfig(source=Source.global_view, group=1, layer=8)]),
-            "is its group 1, but model.source=global_view with model.detail=1 deals groups 0 to 0",
+            "is its group 1, but there is but one global view: groups 0 to 0",
         ),
         (
             replace(DETAIL, injections=[InjectionConfig(source=Source.detail, group=4, layer=8)]),

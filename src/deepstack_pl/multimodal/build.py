@@ -23,6 +23,7 @@ PARTS = ("vision", "projector", "llm")
 _PREFIXES = {
     "vision_tower": "vision",
     "projector": "projector",
+    "own_projectors": "projector",
     "gates": "projector",
     "image_newline": "projector",
     "language_model": "llm",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from deepstack_pl.language.config import LLMConfig
-from deepstack_pl.stacking.config import ModelConfig, Sequence
+from deepstack_pl.stacking.config import Host, ModelConfig, Sequence, Source
 from deepstack_pl.stacking.plan import Plan
 from deepstack_pl.vision.config import VisionConfig
 
@@ -14,13 +14,19 @@ class ProjectorKind(Enum):
 
     linear = "linear"
     mlp2x_gelu = "mlp2x_gelu"  # Linear, exact GELU, Linear: LLaVA-1.5's
+    pixel_shuffle = "pixel_shuffle"  # the same, over squares of model.pooling tokens joined in the channels
+    patch_merger = "patch_merger"  # Qwen3-VL's: a layer norm, such squares, two layers
+
+
+JOINING = (ProjectorKind.pixel_shuffle, ProjectorKind.patch_merger)  # squares are joined, not averaged
 
 
 class Sharing(Enum):
     """How many projectors there are."""
 
-    shared = "shared"  # one for the global view and every group (paper, section 3)
+    shared = "shared"  # one for the global view and every group (paper, section 3); a tap has its own, always
     global_and_tiles = "global_and_tiles"  # one for global views, another for every other view
+    per_injection = "per_injection"  # one for the text sequence, and one for every group that enters the LLM
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,8 +55,8 @@ def check_pooling(plan: Plan, vision: VisionConfig) -> Plan:
     return plan
 
 
-def check_projector(plan: Plan, sharing: Sharing) -> None:
-    """Refuse two projectors where one would do nothing, or where features are projected as one.
+def check_projector(plan: Plan, kind: ProjectorKind, sharing: Sharing) -> None:
+    """Refuse projectors that would do nothing, and features that none of them fits.
 
     Raises:
         ValueError: naming the plan's sequence and the remedy.
@@ -65,4 +71,25 @@ def check_projector(plan: Plan, sharing: Sharing) -> None:
         raise ValueError(
             f"projector.sharing={sharing.name} with model.sequence=channels: a position's tokens are projected as "
             "one. Say projector.sharing=shared."
+        )
+    if sharing is Sharing.per_injection and not plan.at(Host.llm):
+        raise ValueError(
+            f"projector.sharing=per_injection, but plan {plan.name} injects nothing into the LLM. Say "
+            "projector.sharing=shared (projector=mlp)."
+        )
+    spatial = [str(i) for i in plan.injections if i.source is Source.spatial]
+    if kind in JOINING and sharing is not Sharing.per_injection and spatial:
+        raise ValueError(
+            f"{spatial[0]} with projector.kind={kind.name}: its tokens are single, but the shared projector takes "
+            f"{plan.pooling}x{plan.pooling} of them. Say projector.sharing=per_injection or projector.kind=mlp2x_gelu."
+        )
+    if kind is ProjectorKind.pixel_shuffle and plan.pooling == 1:
+        raise ValueError(
+            "projector.kind=pixel_shuffle joins squares of model.pooling tokens, and model.pooling=1 leaves them "
+            "single. Say model.pooling=2 or projector.kind=mlp2x_gelu."
+        )
+    if kind in JOINING and plan.sequence is Sequence.channels:
+        raise ValueError(
+            f"projector.kind={kind.name} with model.sequence=channels: groups stand in the channels there already. Say "
+            "projector.kind=mlp2x_gelu."
         )

@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isqrt
 from typing import Any
 
 import torch
@@ -21,10 +20,11 @@ from transformers.utils.generic import ModelOutput
 from deepstack_pl.language.host import CARRIER, Carrier, assert_installed, install
 from deepstack_pl.multimodal.config import ProjectorKind, Sharing, check_pooling, check_projector
 from deepstack_pl.multimodal.configuration import DeepStackConfig
+from deepstack_pl.multimodal.groups import text_and_groups
 from deepstack_pl.multimodal.merge import merge
-from deepstack_pl.multimodal.projector import TwoProjectors, build_projector
+from deepstack_pl.multimodal.projector import build_own_projectors, build_projector
 from deepstack_pl.stacking.config import Host, Newline, Sequence
-from deepstack_pl.stacking.injection import InjectionTrace, fill
+from deepstack_pl.stacking.injection import InjectionTrace
 from deepstack_pl.vision.encoder import VisionEncoder
 
 VISUAL_INPUTS = ("views", "sequence_rows", "group_rows", "vit_rows")  # not indexed by sample: never repeated for beams
@@ -68,9 +68,11 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
             sharing, inputs = Sharing(config.projector_sharing), vision.width
             if self.plan.sequence is Sequence.channels:
                 inputs *= 1 + self.plan.most_tiles
+            kind = ProjectorKind(config.projector)
             check_pooling(self.plan, vision)
-            check_projector(self.plan, sharing)
-            self.projector = build_projector(ProjectorKind(config.projector), sharing, inputs, width)
+            check_projector(self.plan, kind, sharing)
+            self.projector = build_projector(self.plan, kind, sharing, inputs, width)
+            self.own_projectors = build_own_projectors(self.plan, kind, sharing, inputs, width)
         with _seeded(config.init_seed, "llm"):
             self.language_model = AutoModelForCausalLM.from_config(
                 config.text_config, attn_implementation=config._attn_implementation
@@ -137,11 +139,7 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
         else:
             if views is None or token_index is None or sequence_rows is None or group_rows is None or vit_rows is None:
                 raise ValueError("views, token_index, sequence_rows, group_rows and vit_rows come together: pass all.")
-            tokens = self.encode(views, vit_rows, traces)
-            sequence = fill(tokens, self.image_newline, sequence_rows)
-            groups = fill(tokens, self.image_newline, group_rows)
-            if self.plan.sequence is Sequence.channels:
-                sequence = self.projector(torch.cat([sequence, *groups], dim=-1))
+            sequence, groups = self.encode(views, vit_rows, sequence_rows, group_rows, traces)
             embeds = merge(self.get_input_embeddings(), input_ids, sequence, token_index)
             if self.plan.at(Host.llm):
                 kwargs[CARRIER] = Carrier(
@@ -171,24 +169,21 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
         self,
         views: UInt8[Tensor, "v 3 s s"] | Float[Tensor, "v 3 s s"],
         vit_rows: Int[Tensor, "h m"],
+        sequence_rows: Int[Tensor, " n"],
+        group_rows: Int[Tensor, "g n"],
         traces: list[InjectionTrace] | None = None,
-    ) -> Float[Tensor, "rows d"]:
-        """Tokens of every view that reaches the feature: one tower call a step, projected before dealing, then pooled.
-
-        Where groups stand side by side in the channels, they are dealt first and projected together.
-        """
-        tokens = self.vision_tower(views, vit_rows, self._scales(Host.vit), traces)
-        if isinstance(self.projector, TwoProjectors):
-            tokens = self.projector(tokens, vit_rows.shape[1] // tokens.shape[1])
-        elif self.plan.sequence is not Sequence.channels:
-            tokens = self.projector(tokens)
-        return self._pool(tokens).flatten(0, 1)
-
-    def _pool(self, tokens: Float[Tensor, "k p2 d"]) -> Float[Tensor, "k q2 d"]:
-        """Squares of tokens averaged, as the plan says."""
-        side, square = isqrt(tokens.shape[1]), self.plan.pooling
-        cells = tokens.view(len(tokens), side // square, square, side // square, square, tokens.shape[2])
-        return cells.mean((2, 4)).flatten(1, 2) if square > 1 else tokens
+    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "_ n d"]]:
+        """The visual tokens of the text, and of each group that enters the LLM: one tower call a step."""
+        features = self.vision_tower(views, vit_rows, self._scales(Host.vit), traces)
+        return text_and_groups(
+            self.plan,
+            ProjectorKind(self.config.projector),
+            (self.projector, self.own_projectors),
+            self.image_newline,
+            features,
+            vit_rows.shape[1] // features[0].shape[1],
+            (sequence_rows, group_rows),
+        )
 
     def _scales(self, host: Host) -> Float[Tensor, " gated"] | None:
         return self.gates[host.value].tanh() if host.value in self.gates else None

@@ -25,6 +25,10 @@ class Source(Enum):
     tiles = "tiles"  # a group dealt from the mosaic of tiles, one token under every token of the global view
     global_view = "global_view"  # the global view's own tokens once more: the control of the paper's table 6
     detail = "detail"  # a group dealt from every view's own enlargement: DeepStack-L-HD (method A.7)
+    tap = (
+        "tap"  # the text sequence's own tokens, as `taps` reads them elsewhere in the tower: Qwen3-VL, Granite 4 Vision
+    )
+    spatial = "spatial"  # one token of each square that `pooling` joins, by its place in it: Granite 4 Vision
 
 
 class GridRule(Enum):
@@ -133,8 +137,10 @@ class Injection:
     @property
     def what(self) -> str:
         """The group, for people."""
-        names = {Source.tiles: f"group {self.group}", Source.detail: f"detail group {self.group}"}
-        return names.get(self.source, "global view")
+        if self.source is Source.global_view:
+            return "global view"
+        kind = {Source.tiles: "group", Source.detail: "detail group", Source.spatial: "spatial group"}
+        return f"{kind.get(self.source, 'tap')} {self.group}"
 
     def __str__(self) -> str:
         gate = ", gated" if self.operator is Operator.gated_add else ""
@@ -155,7 +161,8 @@ class ModelConfig:
     resize: Resize = Resize.stretch
     detail: int = 1  # each view is enlarged so many times a side, and cut again; 1: it is not
     encoding: Encoding = Encoding.separate
-    pooling: int = 1  # side of the squares of projected tokens that are averaged into one, in every view
+    pooling: int = 1  # side of the squares of tokens that become one: averaged, unless the projector joins them
+    taps: list[int] = field(default_factory=list)  # hidden states that Source.tap reads; -1: the feature
     dealing: Dealing = Dealing.strided_2d
     sequence: Sequence = Sequence.global_view
     order: Order = Order.by_group
@@ -164,7 +171,7 @@ class ModelConfig:
     source: Source = Source.tiles
     host: Host = Host.llm
     start_layer: int = 1
-    interval: int = 1
+    interval: int = 1  # 0 adds all groups before one layer, with collisions: sum
     groups: int = 4
     operator: Operator = Operator.add
     overflow: Overflow = Overflow.refuse

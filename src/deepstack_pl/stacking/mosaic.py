@@ -27,6 +27,7 @@ from deepstack_pl.stacking.config import (
 )
 from deepstack_pl.stacking.injection import NEWLINE, NOTHING
 from deepstack_pl.stacking.plan import Plan
+from deepstack_pl.stacking.rules import ALIGNED
 
 
 def best_grid(width: int, height: int, *, tile: int, tiles: int, rule: GridRule) -> tuple[int, int]:
@@ -135,11 +136,16 @@ def _group(
     grid: tuple[int, int] | None,
     side: int,
 ) -> Int[Tensor, " n"]:
-    """The rows of one group, over slots that hold the rows ``slots`` (the global view's first)."""
+    """The rows of one group, over slots that hold the rows ``slots`` (the global view's first).
+
+    Rows of a tap or of a spatial group name tokens of their own features, laid out as the sequence's are.
+    """
     source, group = dealt
     per_view = side * side
     if source is Source.detail:
         return _detail(plan, group, slots, grid, side)
+    if source in ALIGNED:
+        return torch.where(slots < 0, NOTHING, slots)
     rows = torch.full_like(slots, NOTHING)
     if source is Source.global_view:
         rows[:per_view] = slots[:per_view]

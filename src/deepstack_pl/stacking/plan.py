@@ -31,13 +31,13 @@ from deepstack_pl.stacking.config import (
     Source,
     Unfilled,
 )
+from deepstack_pl.stacking.places import check_place, check_taps, last_layer
 from deepstack_pl.stacking.rules import (
     STRINGS,
     WITH_TILES,
     check_injections,
     check_schedule,
     check_views,
-    most_groups,
     most_tiles,
     reads_global_view,
 )
@@ -54,6 +54,8 @@ class Plan:
         llm_layers: decoder layers of the LLM host; legal layers are ``0 .. llm_layers - 1``.
         vit_layers: number of blocks that run before the tower's feature is read; legal layers are
             ``0 .. vit_layers``, the last being the selected feature itself (method B.4).
+        taps: hidden states of the tower that are read besides the feature, 0 to ``vit_layers``, each as it enters its
+            block: with what is injected there.
         injections: in the order in which they happen, vision tower first.
         dropped: injections beyond the depth, where the plan says ``overflow: drop``.
     """
@@ -72,6 +74,7 @@ class Plan:
     order: Order = Order.by_group
     unfilled: Unfilled = Unfilled.leave_out
     newline: Newline = Newline.none
+    taps: tuple[int, ...] = ()
     injections: tuple[Injection, ...]
     dropped: tuple[Injection, ...] = ()
 
@@ -79,27 +82,12 @@ class Plan:
         """Hold also for a plan that comes from a config.json."""
         check_views(self)
         for injection in self.injections:
-            self._check(injection)
+            check_place(self, injection)
         twice = sorted({str(i) for i in self.injections if self.injections.count(i) > 1})
         if twice:
-            raise ValueError(f"plan {self.name}: {', '.join(twice)} stands there more than once. Leave one.")
+            raise ValueError(f"plan {self.name}: {', '.join(twice)} stands there more than once. Leave one: see model.injections.")
         check_injections(self, self.injections)
-
-    def _check(self, injection: Injection) -> None:
-        most = most_groups(self, injection.source)
-        if not 0 <= injection.group < most and injection.source is Source.tiles:
-            raise ValueError(
-                f"plan {self.name}: {injection}: {self.tiles} tiles ({self.grid.value}) deal groups 0 to "
-                f"{most - 1}. Name one of these, or raise model.tiles."
-            )
-        if not 0 <= injection.group < most:
-            raise ValueError(
-                f"plan {self.name}: {injection} is its group {injection.group}, but model.source="
-                f"{injection.source.name} with model.detail={self.detail} deals groups 0 to {most - 1}. Name one."
-            )
-        if not 0 <= injection.layer <= _last_layer(injection.host, self.llm_layers, self.vit_layers):
-            depth = _depth(injection.host, self.llm_layers, self.vit_layers)
-            raise ValueError(f"plan {self.name}: {injection}: layers count from 0, and {depth}.")
+        check_taps(self)
 
     @property
     def most_tiles(self) -> int:
@@ -114,7 +102,7 @@ class Plan:
             ValueError: an injection without a layer or a group, two on one layer, values that contradict each other.
         """
         check_views(config)
-        check_schedule(config, _last_layer(config.host, llm_layers, vit_layers))
+        check_schedule(config, last_layer(config.host, llm_layers, vit_layers))
         wanted = [
             Injection(
                 config.host,
@@ -129,7 +117,7 @@ class Plan:
         kept: list[Injection] = []
         dropped: list[Injection] = []
         for injection in wanted:
-            beyond = injection.layer > _last_layer(injection.host, llm_layers, vit_layers)
+            beyond = injection.layer > last_layer(injection.host, llm_layers, vit_layers)
             (dropped if beyond and config.overflow is Overflow.drop else kept).append(injection)
         kept.sort(key=lambda i: (i.host is Host.llm, i.layer))
         if config.collisions is Collisions.refuse:
@@ -140,7 +128,12 @@ class Plan:
                     )
         shared = {f.name: getattr(config, f.name) for f in fields(cls) if f.name in _SHARED}
         return cls(
-            **shared, llm_layers=llm_layers, vit_layers=vit_layers, injections=tuple(kept), dropped=tuple(dropped)
+            **shared,
+            taps=tuple(vit_layers + 1 + tap if tap < 0 else tap for tap in config.taps),
+            llm_layers=llm_layers,
+            vit_layers=vit_layers,
+            injections=tuple(kept),
+            dropped=tuple(dropped),
         )
 
     def at(self, host: Host) -> dict[int, tuple[Injection, ...]]:
@@ -171,6 +164,12 @@ class Plan:
         return tuple(k for k in range(self.most_tiles) if k not in used)
 
     @property
+    def idle_taps(self) -> tuple[int, ...]:
+        """Taps that reach no layer."""
+        used = {i.group for i in self.injections if i.source is Source.tap}
+        return tuple(k for k in range(len(self.taps)) if k not in used)
+
+    @property
     def idle_detail(self) -> tuple[int, ...]:
         """Groups of detail that are dealt but reach no layer."""
         used = {i.group for i in self.injections if i.source is Source.detail}
@@ -179,8 +178,18 @@ class Plan:
     @property
     def tiles_reach_feature(self) -> bool:
         """Whether more than global views runs through the whole tower (for the LLM), not only up to a stack in it."""
-        enters = any(source is not Source.global_view for source, _ in self.groups(Host.llm))
+        enters = any(source in (Source.tiles, Source.detail) for source, _ in self.groups(Host.llm))
         return self.sequence in WITH_TILES or enters
+
+    @property
+    def reads_feature(self) -> bool:
+        """Whether the selected feature reaches the LLM: in the text, or in a group that is no tap."""
+        return self.sequence is not Sequence.blank or any(s is not Source.tap for s, _ in self.groups(Host.llm))
+
+    @property
+    def deepest_tap(self) -> int:
+        """The last hidden state that an injection taps, -1 for none."""
+        return max((self.taps[i.group] for i in self.injections if i.source is Source.tap), default=-1)
 
     @property
     def reads_global_view(self) -> bool:
@@ -232,7 +241,9 @@ class Plan:
             )
 
         enums = {name: kind(values[name]) for name, kind in _ENUMS.items() if name in values}
-        plain = {name: value for name, value in values.items() if name not in _ENUMS}
+        plain = {
+            name: tuple(value) if name == "taps" else value for name, value in values.items() if name not in _ENUMS
+        }
         return cls(**{**plain, **enums, "injections": injections("injections"), "dropped": injections("dropped")})
 
     def draw(self) -> str:
@@ -242,7 +253,11 @@ class Plan:
     def notes(self) -> list[str]:
         """What is dealt for nothing."""
         notes = []
-        for what, groups in (("groups", self.idle_groups), ("detail groups", self.idle_detail)):
+        for what, groups in (
+            ("groups", self.idle_groups),
+            ("detail groups", self.idle_detail),
+            ("taps", self.idle_taps),
+        ):
             if groups:
                 notes.append(f"dealt but injected nowhere: {what} {', '.join(map(str, groups))}")
         return notes
@@ -267,15 +282,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _last_layer(host: Host, llm_layers: int, vit_layers: int) -> int:
-    return llm_layers - 1 if host is Host.llm else vit_layers
-
-
-def _depth(host: Host, llm_layers: int, vit_layers: int) -> str:
-    if host is Host.llm:
-        return f"the LLM has {llm_layers} layers (0 to {llm_layers - 1})"
-    return (
-        f"the tower's feature is read after {vit_layers} blocks (layers 0 to {vit_layers}, the last the feature itself)"
-    )

@@ -8,6 +8,7 @@ from math import isqrt
 from typing import Protocol, runtime_checkable
 
 from deepstack_pl.stacking.config import (
+    Collisions,
     Encoding,
     GridRule,
     Host,
@@ -23,6 +24,7 @@ from deepstack_pl.stacking.config import (
 )
 
 WITH_TILES = (Sequence.global_and_tiles, Sequence.tiles, Sequence.channels)  # sequences that need tiles
+ALIGNED = (Source.tap, Source.spatial)  # sources that lie token by token under the text sequence
 STRINGS = (Sequence.global_and_tiles, Sequence.tiles)  # sequences in which tiles follow each other
 
 
@@ -43,6 +45,8 @@ class Values(Protocol):
     @property
     def pooling(self) -> int: ...
     @property
+    def taps(self) -> Several[int]: ...
+    @property
     def sequence(self) -> Sequence: ...
     @property
     def order(self) -> Order: ...
@@ -61,7 +65,9 @@ def most_groups(values: Values, source: Source) -> int:
     """Groups that ``source`` deals at most."""
     if source is Source.tiles:
         return most_tiles(values)
-    return 1 if source is Source.global_view else values.detail**2
+    return {Source.tap: len(values.taps), Source.spatial: values.pooling**2, Source.detail: values.detail**2}.get(
+        source, 1
+    )
 
 
 def check_views(values: Values) -> None:
@@ -122,7 +128,8 @@ def _check_sequence(values: Values) -> None:
 
 def reads_global_view(values: Values, injections: Several[Injection]) -> bool:
     """Whether the global view's tokens reach the LLM: in the text, or injected."""
-    again = any(i.host is Host.llm and i.source is Source.global_view for i in injections)
+    sources = (Source.global_view, Source.tap, Source.spatial)
+    again = any(i.host is Host.llm and i.source in sources for i in injections)
     return again or values.sequence not in (Sequence.tiles, Sequence.blank)
 
 
@@ -136,6 +143,8 @@ def check_injections(values: Values, injections: Several[Injection]) -> None:
     for injection in injections:
         if injection.source is Source.detail:
             _check_detail(values, injection)
+        elif injection.source in ALIGNED:
+            _check_aligned(values, injection)
         elif injection.host is Host.llm and sequence in (Sequence.tiles, Sequence.channels):
             raise ValueError(
                 f"{injection}: with model.sequence={sequence.name} no position in the text is a global view's, where "
@@ -169,6 +178,19 @@ def check_injections(values: Values, injections: Several[Injection]) -> None:
         )
 
 
+def _check_aligned(values: Values, injection: Injection) -> None:
+    if injection.host is Host.vit or values.sequence in (Sequence.tiles, Sequence.channels):
+        raise ValueError(
+            f"{injection}: it stands under the tokens of the text sequence; it enters the LLM, with model.sequence="
+            "global_view, global_and_tiles or blank."
+        )
+    if values.encoding is Encoding.one_pass or (injection.source is Source.spatial and values.pooling < 2):
+        raise ValueError(
+            f"{injection} with model.encoding={values.encoding.name} and model.pooling={values.pooling}: views must be "
+            "read one by one (model.encoding=separate), and squares hold several tokens (model.pooling=2)."
+        )
+
+
 def _check_detail(values: Values, injection: Injection) -> None:
     if values.detail < 2:
         raise ValueError(f"{injection}: model.detail=1 cuts no detail. Set model.detail to 2 or more.")
@@ -185,16 +207,31 @@ def check_schedule(config: ModelConfig, last: int) -> None:
     Raises:
         ValueError: naming both numbers, the rule and the remedy.
     """
-    if config.groups < 0 or config.start_layer < 0 or config.interval < 1:
+    if config.groups < 0 or config.start_layer < 0 or config.interval < 0:
         raise ValueError(
             f"model.groups={config.groups}, model.start_layer={config.start_layer}, model.interval={config.interval}: "
-            "the first two cannot be negative, interval must be at least 1."
+            "none can be negative."
+        )
+    if config.groups > 1 and not config.interval and config.collisions is Collisions.refuse:
+        raise ValueError(
+            f"model.interval=0 adds all {config.groups} groups before layer {config.start_layer}. Say "
+            "model.collisions=sum as well if that is meant, or model.interval=1."
         )
     most = most_groups(config, config.source)
     if config.groups > most and config.source is Source.tiles:
         raise ValueError(
             f"model.groups={config.groups}, but {config.tiles} tiles ({config.grid.value}) deal at most {most} groups. "
             "Lower `model.groups` or raise `model.tiles`."
+        )
+    if config.groups > most and config.source is Source.tap:
+        raise ValueError(
+            f"model.groups={config.groups}, but model.taps={list(config.taps)} reads {most} hidden states. Lower "
+            "`model.groups` or name more taps."
+        )
+    if config.groups > most and config.source is Source.spatial:
+        raise ValueError(
+            f"model.groups={config.groups}, but model.pooling={config.pooling} joins squares of {most} tokens. Lower "
+            "`model.groups` or raise `model.pooling`."
         )
     if config.groups > most and config.source is Source.detail:
         raise ValueError(

@@ -40,7 +40,7 @@ def _sequence_text(plan: "Plan") -> str:
         Sequence.tiles: f"{tiles}{zeros}{newline}",
         Sequence.blank: "a blank for each token of the global view",
         Sequence.channels: f"global view with {tiles} beside it in its channels",
-    }[plan.sequence] + (f", averaged {plan.pooling}x{plan.pooling}" if plan.pooling > 1 else "")
+    }[plan.sequence] + (f", {plan.pooling}x{plan.pooling} tokens as one" if plan.pooling > 1 else "")
 
 
 def _views_text(plan: "Plan") -> str:
@@ -51,5 +51,6 @@ def _views_text(plan: "Plan") -> str:
         texts.append(f"up to {plan.tiles} tiles ({plan.grid.value}{how})")
     if plan.detail > 1:
         texts.append(f"{plan.detail}x{plan.detail} details of each")
+    taps = f", tapped at hidden states {', '.join(map(str, plan.taps))}" if plan.taps else ""
     dealt = f", dealt {plan.dealing.value}" if len(texts) > 1 else ""
-    return " and ".join(texts) + dealt
+    return " and ".join(texts) + dealt + taps

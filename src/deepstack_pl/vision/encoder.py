@@ -39,8 +39,8 @@ class VisionEncoder(nn.Module):
         vit_rows: Int[Tensor, "h m"],
         scales: Float[Tensor, " gated"] | None = None,
         traces: list[InjectionTrace] | None = None,
-    ) -> Float[Tensor, "k p2 d"]:
-        """The selected hidden state without the class token.
+    ) -> list[Float[Tensor, "k p2 d"]]:
+        """The selected hidden state without the class token; then those that the plan taps.
 
         ``views`` are levels 0 to 255 (uint8), normalised here in float32 and only then brought to the weights' dtype;
         float views are taken as normalised already, as gradients to pixels need them.
@@ -53,9 +53,9 @@ class VisionEncoder(nn.Module):
         tiles = bool(injections) or self.plan.tiles_reach_feature or self.plan.encoding is Encoding.one_pass
         pixels = normalise(views if tiles else views[:images], self.tower.config).to(self.tower.dtype)
         if self.plan.encoding is Encoding.one_pass:
-            return self._one_pass(pixels, images)
+            return [self._one_pass(pixels, images)]
         hidden = self.tower.embed(pixels)
-        sources = hidden
+        sources, tapped = hidden, dict[int, Tensor]()
         for layer in range(self.plan.vit_layers + 1):
             if injections and layer == min(injections):
                 sources = hidden[:, prefix:].flatten(0, 1)
@@ -65,9 +65,11 @@ class VisionEncoder(nn.Module):
                 rows = self._spread(vit_rows[groups.index(injection.dealt)], hidden)
                 scale = scales[gated.index(injection)] if scales is not None and injection in gated else None
                 hidden = inject(hidden, sources, rows, injection, scale, traces)
+            if layer in self.plan.taps:
+                tapped[layer] = hidden if self.plan.tiles_reach_feature else hidden[:images]
             if layer < self.plan.vit_layers:
                 hidden = self.tower.run(layer, hidden)
-        return hidden[:, prefix:]
+        return [hidden[:, prefix:], *(tapped[tap][:, prefix:] for tap in self.plan.taps)]
 
     def _one_pass(self, pixels: Float[Tensor, "v 3 s s"], images: int) -> Float[Tensor, "k p2 d"]:
         """Global views by themselves, each image's tiles as one enlarged image, cut up again afterwards."""
