@@ -186,7 +186,7 @@ def test_a_tower_that_injects_one_block_late_is_named():
         """The plan, told wrongly to the tower: its injections one block later, under their own names."""
 
         vit_layers, encoding = honest.vit_layers, honest.encoding
-        tiles_reach_feature = honest.tiles_reach_feature
+        tiles_reach_feature, taps = honest.tiles_reach_feature, honest.taps
 
         def at(self, host):
             return {layer + 1: injections for layer, injections in honest.at(host).items()}

@@ -138,7 +138,7 @@ def test_the_slow_way_names_tokens_by_where_they_lie_in_the_picture(monkeypatch)
         return (patches * std + mean) * 25.5
 
     monkeypatch.setattr(content, "features", colours)
-    monkeypatch.setattr(content, "projected", lambda model, seen, images: seen)
+    monkeypatch.setattr(content, "projected", lambda model, seen, images, dealt: seen)
     dealt = lay_out(model, probe_batch(model, processor), Pictures(pages, (2, 2)), ViewsBackend.pil).groups
     assert list(dealt) == [(Host.llm, Source.tiles, group) for group in range(4)]
     for (_, _, group), images in dealt.items():

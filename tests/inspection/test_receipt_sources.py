@@ -1,14 +1,20 @@
 """Receipts of plans that inject more than groups of tiles: details with newlines, the global view once more."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from small_run import VISION, small_model, small_processor
+from small_run import LLM, TOKENIZER, VISION, small_model, small_processor
 from spoiling import broken, failure
 
 from deepstack_pl.inspection.receipt import take_receipt
-from deepstack_pl.multimodal.config import ProjectorKind
-from deepstack_pl.multimodal.projector import TwoProjectors
+from deepstack_pl.language.host import decoder_layers
+from deepstack_pl.multimodal import groups, projector
+from deepstack_pl.multimodal.build import build_model
+from deepstack_pl.multimodal.config import ProjectorConfig, ProjectorKind, Sharing
+from deepstack_pl.multimodal.projector import TwoProjectors, join
 from deepstack_pl.stacking.config import (
+    Collisions,
     Encoding,
     GridRule,
     Host,
@@ -33,6 +39,19 @@ HD = ModelConfig(
     source=Source.detail,
 )
 DUMMY = ModelConfig(name="dummy", tiles=0, source=Source.global_view)
+FUSION = ModelConfig(name="fusion", start_layer=0, interval=0, collisions=Collisions.sum)
+TAPS = ModelConfig(name="taps", tiles=0, source=Source.tap, taps=[1, 2, -1], groups=3)
+GRANITE = ModelConfig(
+    name="granite",
+    tiles=0,
+    pooling=2,
+    sequence=Sequence.blank,
+    source=Source.tap,
+    taps=[-1, 1],
+    groups=2,
+    start_layer=0,
+    injections=[InjectionConfig(source=Source.spatial, group=k, layer=2 + k) for k in range(4)],
+)
 PLANS = [
     HD,
     ModelConfig(name="hd_6", tiles=6, detail=2, sequence=Sequence.global_and_tiles, source=Source.detail),
@@ -58,6 +77,25 @@ PLANS = [
     ModelConfig(name="pooled", pooling=2),
     ModelConfig(name="pooled_v", pooling=2, host=Host.vit, start_layer=0),
     ModelConfig(name="one_pass", grid=GridRule.square, encoding=Encoding.one_pass),
+    FUSION,
+    TAPS,
+    GRANITE,
+    ModelConfig(
+        name="taps_of_a_string",
+        sequence=Sequence.global_and_tiles,
+        order=Order.raster,
+        newline=Newline.rows,
+        source=Source.tap,
+        taps=[0, 2],
+        groups=2,
+    ),
+    ModelConfig(
+        name="taps_of_a_stacked_tower",
+        source=Source.tap,
+        taps=[1, -1],
+        groups=2,
+        injections=[InjectionConfig(layer=2, host=Host.vit, group=k) for k in range(1)],
+    ),
     ModelConfig(name="dummy_v", tiles=0, source=Source.global_view, host=Host.vit, start_layer=0, groups=2),
 ]
 SLOTS = 16 + 2 * 4 * (2 * 4 + 1)  # of an image under HD: the global view, and eight rows of eight and a newline
@@ -169,9 +207,9 @@ def test_images_that_stand_wrongly_in_the_text_are_named_whether_anything_is_sta
     assert f"the text does not hold what the plan lays there at {count} of" in message, message
 
 
-def test_tokens_that_are_not_averaged_are_named():
+def test_tokens_that_are_not_averaged_are_named(monkeypatch):
     model = small_model(ModelConfig(name="pooled", pooling=2))
-    model._pool = lambda tokens: tokens[:, :4]
+    monkeypatch.setattr(groups, "pool", lambda tokens, square: tokens[:, :4])
     message = text_fault(ModelConfig(name="pooled", pooling=2), model)
     assert "group 0 is not the one dealt from its image's tiles" in message
     assert "the text does not hold what the plan lays there" in message
@@ -188,14 +226,16 @@ def test_a_pass_that_is_not_one_is_named(how, monkeypatch):
     else:
         separate = small_model(ModelConfig(name="l", grid=GridRule.square)).vision_tower
         monkeypatch.setattr(
-            encoder, "_one_pass", lambda views, images: separate(views, torch.empty(0, 16 * images, dtype=torch.long))
+            encoder,
+            "_one_pass",
+            lambda views, images: separate(views, torch.empty(0, 16 * images, dtype=torch.long))[0],
         )
     assert "is not the one dealt from its image's tiles" in text_fault(config, model)
 
 
 def test_projectors_that_changed_places_are_named():
     model = small_model(ModelConfig(name="two"))
-    two = TwoProjectors(ProjectorKind.mlp2x_gelu, VISION.width, 32)
+    two = TwoProjectors(ProjectorKind.mlp2x_gelu, VISION.width, 32, 1)
     honest = two.forward
     model.projector, model.config.projector_sharing = two, "global_and_tiles"
     assert take_receipt(model, small_processor(ModelConfig(name="two"))).ok
@@ -216,3 +256,54 @@ def test_an_oblong_image_dealt_or_resized_wrongly_is_named(resize, monkeypatch):
     message = failure(small_model(config), config=config)
     assert "is not the one dealt from its image's tiles at" in message
     assert "(of an image of 1 x 3 tiles)" in message
+
+
+def joining(config, kind, sharing=Sharing.per_injection):
+    """A small model whose groups have projectors of ``kind``."""
+    image = TOKENIZER.convert_tokens_to_ids("<image>")
+    assert isinstance(image, int)
+    return build_model(
+        config, LLM, VISION, ProjectorConfig(name="own", kind=kind, sharing=sharing), seed=0, image_token_id=image
+    )
+
+
+@pytest.mark.parametrize("kind", [ProjectorKind.pixel_shuffle, ProjectorKind.patch_merger, ProjectorKind.linear])
+def test_receipts_of_projectors_that_join_squares_and_of_one_for_each_injection_are_ok(kind):
+    for config in (GRANITE, replace(TAPS, pooling=2), ModelConfig(name="pooled", pooling=2)):
+        receipt = take_receipt(joining(config, kind), small_processor(config))
+        assert receipt.ok, receipt.markdown()
+
+
+def test_a_tap_of_another_depth_is_named(monkeypatch):
+    model = small_model(TAPS)
+    honest = model.vision_tower.forward
+    monkeypatch.setattr(model.vision_tower, "forward", lambda *args: [honest(*args)[i] for i in (0, 1, 1, 3)])
+    message = text_fault(TAPS, model)
+    assert "tap 1 -> llm layer 2: tap 1 is not the one dealt from its image's views at 48 of 48 positions" in message
+    assert "tap 0 -> " not in message
+
+
+def test_a_spatial_group_of_another_place_is_named(monkeypatch):
+    pick = groups.pick
+    monkeypatch.setattr(groups, "pick", lambda tokens, square, place: pick(tokens, square, [0, 2, 1, 3][place]))
+    message = text_fault(GRANITE, small_model(GRANITE))
+    for place, wrong in enumerate([False, True, True, False]):
+        named = f"spatial group {place} is not the one dealt from its image's views at 12 of 12 positions" in message
+        assert named == wrong
+
+
+def test_squares_joined_in_another_order_are_named(monkeypatch):
+    config = ModelConfig(name="pooled", pooling=2)
+    model = joining(config, ProjectorKind.pixel_shuffle, Sharing.shared)
+    monkeypatch.setattr(projector, "join", lambda tokens, square: join(tokens.flip(-1), square).flip(-1))
+    assert "the text does not hold what the plan lays there at 12 of 12" in text_fault(config, model)
+
+
+def test_features_that_are_fused_at_the_input_twice_are_named():
+    model = small_model(FUSION)
+    hook = decoder_layers(model.language_model)[0]._forward_pre_hooks
+    (first,) = hook.values()
+    first.places = [*first.places[:3], first.places[2]]
+    message = failure(model, config=FUSION)
+    assert "group 3 -> llm layer 0: it left no record" in message
+    assert "group 2 -> llm layer 0: it happened, but the plan does not say so" in message

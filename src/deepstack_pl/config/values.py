@@ -25,7 +25,7 @@ def check(run: RunConfig) -> None:
         )
     if run.seed < 0:
         raise ValueError(f"seed={run.seed}: seeds count from 0.")
-    check_projector(build_plan(run.model, run.llm, run.vision), run.projector.sharing)
+    check_projector(build_plan(run.model, run.llm, run.vision), run.projector.kind, run.projector.sharing)
     _check_weights(run)
     _check_vision(run)
     _check_data(run)

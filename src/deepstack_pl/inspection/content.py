@@ -12,13 +12,19 @@ from torch import Tensor
 
 from deepstack_pl.batch import MultimodalBatch
 from deepstack_pl.inspection.probe import Pictures, views_by_source
-from deepstack_pl.inspection.slow_views import before_the_stack, cut_by_hand, features, projected
+from deepstack_pl.inspection.slow_views import before_the_stack, cut_by_hand, features, projected, tapped
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
-from deepstack_pl.stacking.config import Dealing, Host, Newline, Order, Sequence, Source, Unfilled
+from deepstack_pl.stacking.config import Dealing, Dealt, Host, Newline, Order, Sequence, Source, Unfilled
 from deepstack_pl.stacking.injection import InjectionTrace
 from deepstack_pl.vision.config import ViewsBackend
 
-VIEWS = {Source.tiles: "tiles", Source.global_view: "global view", Source.detail: "details"}
+VIEWS = {
+    Source.tiles: "tiles",
+    Source.global_view: "global view",
+    Source.detail: "details",
+    Source.tap: "views",
+    Source.spatial: "views",
+}
 _CLOSE = 1e-4  # of a token's size: rounding in float32 stays far below, another patch's token far above
 
 
@@ -46,18 +52,19 @@ def lay_out(
     def own(tokens: Tensor, image: int) -> dict[Source, Tensor]:
         return {of: tokens[at[image]] for of, at in places.items() if all(place < len(tokens) for place in at[image])}
 
-    def groups(host: Host, tokens: Tensor) -> dict[tuple[Host, Source, int], list[Tensor]]:
-        return {
-            (host, *dealt): [_group(model, *dealt, own(tokens, image), pictures.grid) for image in images]
-            for dealt in plan.groups(host)
-        }
+    def group(host: Host, dealt: Dealt, tokens: Tensor) -> dict[tuple[Host, Source, int], list[Tensor]]:
+        return {(host, *dealt): [_group(model, *dealt, own(tokens, image), pictures.grid) for image in images]}
 
     with torch.no_grad():
         seen = features(model, views, batch.vit_rows, pictures)
-        tokens = seen if plan.sequence is Sequence.channels else projected(model, seen, len(images))
-        found = groups(Host.llm, tokens) if plan.at(Host.llm) else {}
-        if plan.at(Host.vit):
-            found |= groups(Host.vit, before_the_stack(model, views))
+        found: dict[tuple[Host, Source, int], list[Tensor]] = {}
+        for dealt in plan.groups(Host.llm) if plan.at(Host.llm) else ():
+            read = tapped(model, views, batch.vit_rows, dealt[1]) if dealt[0] is Source.tap else seen
+            found |= group(Host.llm, dealt, projected(model, read, len(images), dealt))
+        for dealt in plan.groups(Host.vit):
+            found |= group(Host.vit, dealt, before_the_stack(model, views))
+        reads_text = plan.sequence not in (Sequence.channels, Sequence.blank)
+        tokens = projected(model, seen, len(images), None) if reads_text else seen
         sequence = [_sequence(model, own(tokens, image), pictures.grid) for image in images]
     return Laid(found, sequence)
 
@@ -82,6 +89,8 @@ def _group(
             of_views = [_deal(each, fine, plan.dealing)[group] for each in own[source].split(plan.detail**2)]
             again = plan.newline is Newline.rows_and_groups
             return _string(model, of_views[:1], of_views[1:], grid, newline=again)
+        case Source.tap | Source.spatial:
+            return _string(model, list(own[source][:1]), list(own[source][1:]), grid, newline=False)
 
 
 def _sequence(
@@ -92,7 +101,7 @@ def _sequence(
     small = own[Source.global_view][0]
     match plan.sequence:
         case Sequence.blank:
-            return torch.zeros_like(small)
+            return small.new_zeros(len(small) // plan.pooling**2, model.config.text_config.hidden_size)
         case Sequence.channels:
             groups = _deal(own[Source.tiles], grid, plan.dealing)
             groups += [torch.zeros_like(small)] * (plan.most_tiles - len(groups))
@@ -114,7 +123,7 @@ def _string(
 ) -> Float[Tensor, "n d"]:
     """Tokens of a global view and of tiles as they follow each other in the text."""
     plan = model.plan
-    if plan.sequence is Sequence.global_view:
+    if plan.sequence in (Sequence.global_view, Sequence.blank):
         return small[0]
     if plan.order is Order.by_group:
         groups = _deal(torch.stack(tiles), grid, plan.dealing)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from deepstack_pl.stacking.config import Dealt, Encoding, Host, Injection, Operator, Resize, Sequence, Source
 from deepstack_pl.stacking.mosaic import deal
 from deepstack_pl.stacking.plan import Plan
-from deepstack_pl.stacking.rules import WITH_TILES
+from deepstack_pl.stacking.rules import ALIGNED, WITH_TILES
 
 PALETTE = (
     "#0072B2",
@@ -81,9 +81,9 @@ def _summary(plan: Plan, tokens_per_view: int) -> str:
     dealt = f", {plan.most_tiles} tiles" if plan.tiles else ""
     dealt += ", letter-boxed" if plan.resize is Resize.letterbox else ""
     dealt += ", read in one pass" if plan.encoding is Encoding.one_pass else ""
-    dealt += f", averaged {plan.pooling} x {plan.pooling}" if plan.pooling > 1 else ""
+    dealt += f", {plan.pooling} x {plan.pooling} tokens as one" if plan.pooling > 1 else ""
     dealt += f", {plan.detail} x {plan.detail} details" if plan.detail > 1 else ""
-    dealt += f", dealt {plan.dealing.value}" if dealt else ""
+    dealt += f", dealt {plan.dealing.value}" if plan.tiles or plan.detail > 1 else ""
     return f"{context:,} tokens of context hold {seen:,} visual tokens an image{dealt}   ·   {plan.digest}"
 
 
@@ -100,9 +100,11 @@ def _tiles_in_text(plan: Plan) -> bool:
     return plan.sequence in WITH_TILES
 
 
-def _colour(dealt: Dealt) -> str:
+def colour(dealt: Dealt) -> str:
+    """The colour that stands for a group in every picture."""
     source, group = dealt
-    return _AGAIN if source is Source.global_view else PALETTE[group % len(PALETTE)]
+    shift = len(PALETTE) // 2 if source is Source.spatial else 0
+    return _AGAIN if source is Source.global_view else PALETTE[(group + shift) % len(PALETTE)]
 
 
 def _height(plan: Plan, host: Host) -> float:
@@ -123,15 +125,15 @@ def _stack(axes: Axes, plan: Plan, host: Host, left: float, name: str, below: st
             _WIDTH,
             0.76 * height,
             boxstyle="round,pad=0,rounding_size=0.006",
-            facecolor=_colour(received[0].dealt) + "26" if received else _PAPER,
-            edgecolor=_colour(received[0].dealt) if received else "#D4D4CF",
+            facecolor=colour(received[0].dealt) + "26" if received else _PAPER,
+            edgecolor=colour(received[0].dealt) if received else "#D4D4CF",
             linewidth=1.4 if received else 0.8,
         )
         axes.add_patch(box)
         feature = host is Host.vit and layer == plan.vit_layers
         label = "feature" if feature else f"{'layer' if host is Host.llm else 'block'} {layer}"
         if size >= 5 or received or layer % 5 == 0:
-            colour = INK if received or feature else PALE
+            shade = INK if received or feature else PALE
             axes.text(
                 left + _WIDTH / 2,
                 bottom + height / 2,
@@ -139,7 +141,7 @@ def _stack(axes: Axes, plan: Plan, host: Host, left: float, name: str, below: st
                 fontsize=max(size, 5),
                 ha="center",
                 va="center",
-                color=colour,
+                color=shade,
             )
     axes.text(left + _WIDTH / 2, _TOP + 0.012, name, fontsize=11, ha="center", weight="bold", color=INK)
     axes.text(left + _WIDTH / 2, _FLOOR - 0.035, below, fontsize=9, ha="center", color=INK)
@@ -160,13 +162,13 @@ def _mosaic(axes: Axes, plan: Plan) -> None:
             number, patch = divmod(token, _PATCHES * _PATCHES)
             x = (number % grid[0]) * _PATCHES + patch % _PATCHES
             y = rows - 1 - ((number // grid[0]) * _PATCHES + patch // _PATCHES)
-            colour = _colour((source, group)) if group not in idle else "#D4D4CF"
+            face = colour((source, group)) if group not in idle else "#D4D4CF"
             axes.add_patch(
                 Rectangle(
                     (left + x * across, bottom + y * cell),
                     across,
                     cell,
-                    facecolor=colour,
+                    facecolor=face,
                     edgecolor="white",
                     linewidth=0.5,
                 )
@@ -191,6 +193,11 @@ def _arrows(axes: Axes, plan: Plan) -> None:
     for place, dealt in enumerate(groups):
         y = low + place * step if len(groups) > 1 else (low + high) / 2
         own = [injection for injection in plan.injections if injection.dealt == dealt]
+        if dealt[0] in ALIGNED:
+            read = plan.taps[dealt[1]] if dealt[0] is Source.tap else plan.vit_layers
+            bottom = _FLOOR + (read + 0.12) * _height(plan, Host.vit)  # as it enters that block
+            line = {"linewidth": 1.0, "color": colour(dealt), "solid_capstyle": "round"}
+            axes.plot([_TOWER + _WIDTH + 0.004, _MIDDLE - 0.006], [bottom, y], **line)
         _group_square(axes, own[0], y, size)
         for injection in own:
             _arrow(axes, plan, injection, y, size)
@@ -201,7 +208,7 @@ def _group_square(axes: Axes, injection: Injection, y: float, size: float) -> No
     for row in range(_PATCHES):
         for column in range(_PATCHES):
             corner = (_MIDDLE + column * across, y - size / 2 + row * size / _PATCHES)
-            look = {"facecolor": _colour(injection.dealt), "edgecolor": "white", "linewidth": 0.5}
+            look = {"facecolor": colour(injection.dealt), "edgecolor": "white", "linewidth": 0.5}
             axes.add_patch(Rectangle(corner, across, size / _PATCHES, **look))
     axes.text(_MIDDLE + size * 0.31, y + size / 2 + 0.008, injection.what, fontsize=7.5, color=INK, ha="center")
 
@@ -222,7 +229,7 @@ def _arrow(axes: Axes, plan: Plan, injection: Injection, y: float, size: float) 
             mutation_scale=11,
             linewidth=1.7,
             linestyle=(0, (4, 2)) if gated else "-",
-            color=_colour(injection.dealt),
+            color=colour(injection.dealt),
             shrinkA=0,
             shrinkB=0,
         )

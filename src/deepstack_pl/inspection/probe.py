@@ -24,6 +24,7 @@ from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.stacking.config import Dealt, GridRule, Host, Newline, Source
 from deepstack_pl.stacking.injection import NOTHING, InjectionTrace
 from deepstack_pl.stacking.plan import Injection, Plan
+from deepstack_pl.stacking.rules import ALIGNED, WITH_TILES
 from deepstack_pl.vision.config import VisionConfig
 from deepstack_pl.vision.views import full_grid_size, normalise
 
@@ -173,9 +174,10 @@ def owners(
 def _receives(slot: Int[Tensor, " n"], injection: Injection, plan: Plan, vision: VisionConfig, columns: int) -> Tensor:
     """Which slots of an image ``injection`` adds to: the global view's, or with detail every view's."""
     side = vision.patches_per_side // plan.pooling
-    if injection.source is not Source.detail:
+    aligned = injection.source in ALIGNED
+    if injection.source is not Source.detail and not aligned:
         return slot < side**2
-    if plan.newline is not Newline.rows:
+    if plan.newline is Newline.none or (plan.newline is Newline.rows_and_groups and not aligned):
         return slot >= 0
     row = columns * side + 1
     return (slot < side**2) | ((slot - side**2) % row != row - 1)  # but for the newlines
@@ -189,6 +191,11 @@ def views_by_source(plan: Plan, pictures: Pictures) -> dict[Source, list[list[in
     starts = [images + image * others for image in range(images)]
     found[Source.tiles] = [list(range(start, start + tiles)) for start in starts]
     found[Source.detail] = [list(range(start + tiles, start + others)) for start in starts]
+    in_text = found[Source.tiles] if plan.sequence in WITH_TILES else [[]] * images
+    found |= {
+        source: [[*small, *own] for small, own in zip(found[Source.global_view], in_text, strict=True)]
+        for source in ALIGNED
+    }
     return found
 
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deepstack_pl.inspection.anatomy import Board
-from deepstack_pl.inspection.sample_words import colour, symbol
+from deepstack_pl.inspection.plots import colour
+from deepstack_pl.inspection.sample_words import symbol
 from deepstack_pl.stacking.config import Dealt
 
 _AREA, _NARROW, _WIDE, _HIGH = 410 * 410, 120, 1060, 640  # of a board on the page, CSS pixels

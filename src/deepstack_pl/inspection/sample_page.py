@@ -11,13 +11,12 @@ import numpy as np
 
 from deepstack_pl.batch import Record
 from deepstack_pl.inspection.anatomy import Anatomy, Board, Group, Piece, how_dealt
-from deepstack_pl.inspection.plots import plan_figure, to_pixels
+from deepstack_pl.inspection.plots import colour, plan_figure, to_pixels
 from deepstack_pl.inspection.sample_board import board_figures, png_uri
 from deepstack_pl.inspection.sample_words import (
     NOT_AT_HAND,
     Stored,
     board_line,
-    colour,
     counts_of,
     group_line,
     lost,

@@ -8,11 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from deepstack_pl.inspection.anatomy import Anatomy, Board, Picture, Piece, how_dealt
+from deepstack_pl.inspection.plots import colour
 from deepstack_pl.inspection.sample_words import (
     NOT_AT_HAND,
     Stored,
     board_line,
-    colour,
     counts_of,
     group_line,
     lost,

@@ -4,7 +4,6 @@ import unicodedata
 from dataclasses import dataclass
 
 from deepstack_pl.inspection.anatomy import Anatomy, Board, Group
-from deepstack_pl.inspection.plots import PALETTE
 from deepstack_pl.stacking.config import Dealt, Source
 
 NOT_AT_HAND = "not at hand: this source hands out decoded records alone"
@@ -48,12 +47,6 @@ def symbol(dealt: Dealt) -> str:
     """The sign that stands for a group on a board."""
     source, group = dealt
     return "g" if source is Source.global_view else _SYMBOLS[group] if group < len(_SYMBOLS) else "+"
-
-
-def colour(dealt: Dealt) -> str:
-    """The group's colour, as in the drawing of the plan."""
-    source, group = dealt
-    return "#5B6770" if source is Source.global_view else PALETTE[group % len(PALETTE)]
 
 
 def counts_of(anatomy: Anatomy) -> list[tuple[str, str]]:

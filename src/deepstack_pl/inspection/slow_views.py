@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from deepstack_pl.inspection.probe import Pictures
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
-from deepstack_pl.multimodal.projector import TwoProjectors
-from deepstack_pl.stacking.config import Encoding, Host, Resize
+from deepstack_pl.multimodal.projector import PatchMerger, PixelShuffle, TwoProjectors
+from deepstack_pl.stacking.config import Dealt, Encoding, Host, Resize, Source
 from deepstack_pl.stacking.plan import Plan
 from deepstack_pl.vision.config import ViewsBackend, VisionConfig
 from deepstack_pl.vision.resize import resizer
+from deepstack_pl.vision.towers import OpenClipTower
 
 
 def cut_by_hand(
@@ -83,9 +84,9 @@ def features(
     tower = model.vision_tower.tower
     views = views.to(tower.dtype)
     if model.plan.encoding is Encoding.separate:
-        return model.vision_tower(views, vit_rows, model._scales(Host.vit))
-    blocks, (columns, rows), images = tower.blocks[: model.plan.vit_layers], pictures.grid, len(pictures.images)
-    found, tiles = [_through(tower.embed(views[:images]), blocks)[:, tower.prefix :]], columns * rows
+        return model.vision_tower(views, vit_rows, model._scales(Host.vit))[0]
+    blocks, (columns, rows), images = model.plan.vit_layers, pictures.grid, len(pictures.images)
+    found, tiles = [_through(tower, tower.embed(views[:images]), blocks)[:, tower.prefix :]], columns * rows
     for image in range(images):
         cut = views[images + image * tiles : images + (image + 1) * tiles]
         whole = torch.cat([torch.cat(list(cut[y * columns : (y + 1) * columns]), dim=2) for y in range(rows)], dim=1)
@@ -94,7 +95,7 @@ def features(
 
 
 def _in_one_pass(
-    model: DeepStackForConditionalGeneration, whole: Float[Tensor, "3 y x"], blocks: nn.ModuleList
+    model: DeepStackForConditionalGeneration, whole: Float[Tensor, "3 y x"], blocks: int
 ) -> Float[Tensor, "tiles p2 d"]:
     """The tokens of one enlarged image, tile by tile."""
     visual, side = model.vision_tower.tower.visual, model.vision_tower.tower.config.patches_per_side
@@ -104,7 +105,7 @@ def _in_one_pass(
     larger = F.interpolate(own, (down, across), mode="bicubic", align_corners=False)[0].flatten(1).T.to(patches.dtype)
     positions = torch.cat([visual.positional_embedding[:1], larger])
     tokens = torch.cat([visual.class_embedding[None], patches.flatten(1).T]) + positions
-    seen = _through(visual.ln_pre(tokens[None]), blocks)[0, 1:].unflatten(0, (down, across))
+    seen = _through(model.vision_tower.tower, visual.ln_pre(tokens[None]), blocks)[0, 1:].unflatten(0, (down, across))
     places = [(y, x) for y in range(0, down, side) for x in range(0, across, side)]
     return torch.stack([seen[y : y + side, x : x + side].flatten(0, 1) for y, x in places])
 
@@ -113,27 +114,63 @@ def before_the_stack(
     model: DeepStackForConditionalGeneration, views: Float[Tensor, "v 3 s s"]
 ) -> Float[Tensor, "v p2 d"]:
     """Every view as it stands before the tower's first injection."""
+    return _after(model, views, min(model.plan.at(Host.vit)))
+
+
+def tapped(
+    model: DeepStackForConditionalGeneration, views: Float[Tensor, "v 3 s s"], vit_rows: Tensor, number: int
+) -> Float[Tensor, "k p2 d"]:
+    """The hidden state that a tap reads; with injections on the way there, as the tower's own pass has it."""
+    tap = model.plan.taps[number]
+    if model.plan.at(Host.vit) and tap >= min(model.plan.at(Host.vit)):
+        return model.vision_tower(views, vit_rows, model._scales(Host.vit))[1 + number]
+    return _after(model, views, tap)
+
+
+def _after(model: DeepStackForConditionalGeneration, views: Tensor, blocks: int) -> Float[Tensor, "v p2 d"]:
+    """Every view by itself after so many blocks."""
     tower = model.vision_tower.tower
-    hidden = _through(tower.embed(views.to(tower.dtype)), tower.blocks[: min(model.plan.at(Host.vit))])
-    return hidden[:, tower.prefix :]
+    return _through(tower, tower.embed(views.to(tower.dtype)), blocks)[:, tower.prefix :]
 
 
 def projected(
-    model: DeepStackForConditionalGeneration, seen: Float[Tensor, "k p2 d"], images: int
+    model: DeepStackForConditionalGeneration, seen: Float[Tensor, "k p2 d"], images: int, dealt: Dealt | None
 ) -> Float[Tensor, "k q2 e"]:
-    """View by view through its own projector; then corner by corner averaged, where the plan pools."""
-    if isinstance(model.projector, TwoProjectors):
-        own: list[nn.Module] = [model.projector.global_view] * images + [model.projector.tiles] * (len(seen) - images)
-    else:
-        own = [model.projector] * len(seen)
-    tokens = torch.stack([project(view) for project, view in zip(own, seen, strict=True)])
+    """View by view through its own projector, for the text or for a group: corner by corner averaged where the plan
+    pools, or side by side where the projector joins them.
+    """
     step, side = model.plan.pooling, model.vision_tower.tower.config.patches_per_side
-    squares = tokens.unflatten(1, (side, side))
-    corners = torch.stack([squares[:, i::step, j::step] for i in range(step) for j in range(step)])
-    return corners.mean(0).flatten(1, 2)
+    squares = seen.unflatten(1, (side, side))
+    corners = [squares[:, i::step, j::step].flatten(1, 2) for i in range(step) for j in range(step)]
+    if dealt is not None and dealt[0] is Source.spatial:
+        corners = [corners[dealt[1]]]
+    own = {} if dealt is None else dict(model.own_projectors.items())
+    project = own.get(f"{dealt[0].value}_{dealt[1]}", model.projector) if dealt else model.projector
+    if isinstance(project, TwoProjectors):
+        small, others = (
+            _alike([c[part] for c in corners], of)
+            for part, of in ((slice(None, images), project.global_view), (slice(images, None), project.tiles))
+        )
+        return torch.cat([small, others])
+    assert project is not None
+    return _alike(corners, project)
 
 
-def _through(hidden: Tensor, blocks: nn.ModuleList) -> Tensor:
-    for block in blocks:
-        hidden = block(hidden)
+def _alike(corners: list[Float[Tensor, "k q2 d"]], project: nn.Module) -> Float[Tensor, "k q2 e"]:
+    """All views through one projector, view by view."""
+    if isinstance(project, PatchMerger):
+        if project.norm_joined:
+            wide = project.norm(torch.cat(corners, dim=-1))
+        else:
+            wide = torch.cat([project.norm(corner) for corner in corners], dim=-1)
+        return project.linear_fc2(F.gelu(project.linear_fc1(wide)))
+    if isinstance(project, PixelShuffle):
+        wide = torch.cat(corners, dim=-1)
+        return project[2](F.gelu(project[0](wide)))
+    return torch.stack([project(corner) for corner in corners]).mean(0)
+
+
+def _through(tower: OpenClipTower, hidden: Tensor, blocks: int) -> Tensor:
+    for layer in range(blocks):
+        hidden = tower.run(layer, hidden)
     return hidden

@@ -85,7 +85,9 @@ class Plan:
             check_place(self, injection)
         twice = sorted({str(i) for i in self.injections if self.injections.count(i) > 1})
         if twice:
-            raise ValueError(f"plan {self.name}: {', '.join(twice)} stands there more than once. Leave one: see model.injections.")
+            raise ValueError(
+                f"plan {self.name}: {', '.join(twice)} stands there more than once. Leave one: see model.injections."
+            )
         check_injections(self, self.injections)
         check_taps(self)
 

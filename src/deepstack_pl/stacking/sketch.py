@@ -19,7 +19,9 @@ def sketch(plan: "Plan") -> str:
             arrows = "".join(
                 f" <- {i.what}{' (gated)' if i.operator is Operator.gated_add else ''}" for i in layers.get(layer, ())
             )
-            rows.append(f"  {host.name} {label} |{arrows}")
+            taps = plan.taps if host is Host.vit else ()
+            reads = "".join(f" -> tap {k}" for k, tap in enumerate(taps) if tap == layer)
+            rows.append(f"  {host.name} {label} |{arrows}{reads}")
         rows.append(f"  {'text and ' + _sequence_text(plan) if host is Host.llm else _views_text(plan)}")
         rows.append("")
     if not plan.injections:
@@ -51,6 +53,5 @@ def _views_text(plan: "Plan") -> str:
         texts.append(f"up to {plan.tiles} tiles ({plan.grid.value}{how})")
     if plan.detail > 1:
         texts.append(f"{plan.detail}x{plan.detail} details of each")
-    taps = f", tapped at hidden states {', '.join(map(str, plan.taps))}" if plan.taps else ""
     dealt = f", dealt {plan.dealing.value}" if len(texts) > 1 else ""
-    return " and ".join(texts) + dealt + taps
+    return " and ".join(texts) + dealt
