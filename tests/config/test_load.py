@@ -20,7 +20,10 @@ OPTIONS = sorted(
     (file.parent.name, file.stem) for file in CONF.glob("*/*.yaml") if file.parent.name not in ("hydra", "experiment")
 )
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
-NEEDS = {("vision", "clip_l_336"): ["data.fine_print.view_size=336"]}
+NEEDS = {
+    ("projector", "pixel_shuffle"): ["model.pooling=2"],
+    ("vision", "clip_l_336"): ["data.fine_print.view_size=336"],
+}
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from ablations import TAPS
 from safetensors.torch import load_file, save_file
 from tiny import PLANS, tiny_llm, tiny_model, tiny_vision
 
@@ -97,7 +98,7 @@ def test_pretrained_tower_gives_open_clips_own_hidden_states(clip) -> None:
     views = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     stock = model.visual.forward_intermediates(views, indices=[3], normalize_intermediates=False)
     expected = stock["image_intermediates"][0].flatten(2).transpose(1, 2)
-    found = loaded.vision_tower(views, torch.empty(0, 32, dtype=torch.long))
+    found = loaded.vision_tower(views, torch.empty(0, 32, dtype=torch.long))[0]
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -159,3 +160,16 @@ def test_a_start_from_another_plan_keeps_what_that_plan_had_none_of_and_refuses_
     gates.save_pretrained(tmp_path / "gated")
     with pytest.raises(ValueError, match=r"that run's plan owns gates.llm, and this one has no place for it"):
         load_weights(plain, tmp_path / "gated")
+
+
+def test_mergers_of_a_plans_taps_are_drawn_anew_and_named_where_a_run_without_them_starts_one(tmp_path: Path) -> None:
+    plain, tapped = tiny_model(PLANS["baseline"]), tiny_model(TAPS)
+    plain.save_pretrained(tmp_path / "plain")
+    tapped.save_pretrained(tmp_path / "tapped")
+    merger = tapped.own_projectors["tap_0"][0].weight.clone()
+    drawn = load_weights(tapped, tmp_path / "plain")
+    kinds = [f"{layer}.{kind}" for layer in (0, 2) for kind in ("bias", "weight")]
+    assert drawn == [f"own_projectors.tap_{k}.{kind}" for k in (0, 1) for kind in kinds]
+    assert torch.equal(tapped.own_projectors["tap_0"][0].weight, merger)
+    with pytest.raises(ValueError, match=r"that run's plan owns own_projectors\.tap_0.* no place for it"):
+        load_weights(plain, tmp_path / "tapped")

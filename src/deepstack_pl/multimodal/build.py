@@ -18,7 +18,7 @@ from deepstack_pl.multimodal.tensor_files import INDEX, SINGLE, TensorFiles
 from deepstack_pl.stacking.config import ModelConfig
 from deepstack_pl.vision.config import VisionConfig, VisionInit
 
-_OF_THE_PLAN = ("gates.", "image_newline")  # what a plan owns, and not the parts it joins
+_OF_THE_PLAN = ("gates.", "image_newline", "own_projectors.")  # what a plan owns, and not the parts it joins
 PARTS = ("vision", "projector", "llm")
 _PREFIXES = {
     "vision_tower": "vision",
@@ -102,7 +102,7 @@ def load_weights(model: DeepStackForConditionalGeneration, folder: str | Path) -
     if owned:
         raise ValueError(
             f"init_from={folder}: that run's plan owns {', '.join(owned)}, and this one has no place for it. Take a "
-            "model= with gates or newlines like that run's, or start from another run."
+            "model= with gates, newlines or projectors of its own like that run's, or start from another run."
         )
     reshaped = sorted(n for n in files if n in state and tuple(state[n].shape) != files.shape(n))
     if missing or left_over or reshaped:
