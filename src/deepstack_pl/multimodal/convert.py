@@ -6,7 +6,7 @@ go from file to file, a shard at a time, and shapes are checked against a model 
 """
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from deepstack_pl.multimodal.published.files import (
     write_json,
 )
 from deepstack_pl.multimodal.published.host import host_of
-from deepstack_pl.multimodal.published.keys import EMBEDDINGS, canonical, named, spare_head, to_published
+from deepstack_pl.multimodal.published.keys import EMBEDDINGS, canonical, spare_head, to_published
 from deepstack_pl.multimodal.published.text import (
     GENERATION,
     TOKEN_IDS,
@@ -46,9 +46,8 @@ from deepstack_pl.multimodal.published.text import (
 )
 from deepstack_pl.multimodal.published.tower import OPENAI, write_tower
 from deepstack_pl.multimodal.published.words import crashing_words
+from deepstack_pl.multimodal.strict import check_tensors, own_shapes
 from deepstack_pl.multimodal.tensor_files import TensorFiles, size_of, write_tensors
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def convert(
@@ -86,11 +85,11 @@ def convert(
         settings = generation_settings(origin, config, words)
         files = TensorFiles(origin)
         found = {canonical(name): name for name in files}
-        shapes = _own_shapes(config)
+        shapes = own_shapes(config)
         names = {ours: to_published(ours, config) for ours in shapes}
         spare = spare_head(config, files, found, source)
         expected = {p: _part(shapes[o], len(ps)) for o, ps in names.items() for p in ps}
-        _check_tensors(expected, files, found, source, spare)
+        check_tensors(expected, files, found, source, spare)
         dtypes = {ours: _dtype(files, [found[p] for p in names[ours]]) for ours in shapes}
 
         def load(ours: str) -> Tensor:
@@ -133,8 +132,8 @@ def convert_back(source: str, destination: str | Path, *, report: Callable[[str]
             )
         config = DeepStackConfig.from_pretrained(origin)
         written = write_config(config)
-        files, shapes = TensorFiles(origin), _own_shapes(config)
-        _check_tensors(shapes, files, {name: name for name in files}, source)
+        files, shapes = TensorFiles(origin), own_shapes(config)
+        check_tensors(shapes, files, {name: name for name in files}, source)
         names = {ours: to_published(ours, config) for ours in shapes}
         owners = {name: (ours, place) for ours, several in names.items() for place, name in enumerate(several)}
         sizes = {name: size_of(_part(shapes[o], len(names[o])), files.dtype(o)) for name, (o, _) in owners.items()}
@@ -161,55 +160,8 @@ def convert_back(source: str, destination: str | Path, *, report: Callable[[str]
     report(f"written to {destination}, as {written['architectures'][0]}")
 
 
-def _own_shapes(config: DeepStackConfig) -> Shapes:
-    """The tensors of the model that ``config`` describes, shared ones once; nothing is allocated.
-
-    Raises:
-        ValueError: there can be no such model.
-    """
-    try:
-        with torch.device("meta"):
-            model = DeepStackForConditionalGeneration(config)
-    except Exception as error:  # whatever transformers and torch say to odd sizes
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        raise ValueError(f"{CONFIG}: no such model can be built ({reason}). Correct it.") from error
-    once: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        once.setdefault(id(tensor), name)
-    return {name: tuple(state[name].shape) for name in once.values()}
-
-
 def _part(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
     return (shape[0] // parts, *shape[1:]) if parts > 1 else shape
-
-
-def _check_tensors(
-    expected: Shapes, files: TensorFiles, found: Mapping[str, str], source: str, spare: Sequence[str] = ()
-) -> None:
-    """Refuse a checkpoint that is not exactly the model of its config.json."""
-    missing, left_over = (
-        sorted(expected.keys() - found.keys()),
-        sorted(found[n] for n in found.keys() - expected.keys()),
-    )
-    reshaped = [
-        f"{found[name]} {files.shape(found[name])}, expected {expected[name]}"
-        for name in sorted(expected.keys() & found.keys())
-        if files.shape(found[name]) != expected[name]
-    ]
-    wrong = [
-        f"{len(names)} {what}: {named(names)}"
-        for what, names in (("missing", missing), ("left over", left_over), ("of another shape", reshaped))
-        if names
-    ]
-    twice = sorted(set(files) - {*found.values(), *spare})
-    if twice:
-        wrong.append(f"{len(twice)} there under two names: {named(twice)}")
-    if wrong:
-        raise ValueError(
-            f"{source} is not the model of its config.json, which has {len(expected)} tensors. {'; '.join(wrong)}. "
-            "Correct config.json, name the right tower, or fetch the checkpoint again; nothing was written."
-        )
 
 
 def _dtype(files: TensorFiles, names: list[str]) -> torch.dtype:
