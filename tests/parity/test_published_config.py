@@ -235,7 +235,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a negative start": ({"deepstack_start_id": -1}, "says no plan that can be"),
     "an interval of 0": ({"deepstack_interval": 0}, "says no plan that can be"),
     "another host": ({"model_type": "deepstack_mpt"}, "model_type='deepstack_mpt'"),
-    "another projector": ({"mm_projector_type": "mlp3x_gelu"}, "projectors here are linear and mlp2x_gelu"),
+    "another projector": ({"mm_projector_type": "mlp3x_gelu"}, "published projectors are linear and mlp2x_gelu"),
     "the class token": ({"mm_vision_select_feature": "cls_patch"}, "can only be 'patch'"),
     "a resampler": ({"mm_resampler_type": "qformer"}, "mm_resampler_type='qformer'"),
     "marks around images": ({"mm_use_im_start_end": True}, "mm_use_im_start_end=True"),
@@ -511,4 +511,13 @@ def test_a_host_that_the_published_code_does_not_know_is_refused() -> None:
     config = read()
     config.text_config = DeepStackConfig(text_config={"model_type": "qwen3"}).text_config
     with pytest.raises(ValueError, match="is a qwen3, which the published code does not know"):
+        write_config(config)
+
+
+@pytest.mark.parametrize("values", [{"projector": "pixel_shuffle"}, {"projector_sharing": "per_injection"}])
+def test_projectors_that_the_published_code_has_not_are_no_way_back(values) -> None:
+    config = read()
+    for key, value in values.items():
+        setattr(config, key, value)
+    with pytest.raises(ValueError, match=r"projectors there are linear and mlp2x_gelu, one for all"):
         write_config(config)

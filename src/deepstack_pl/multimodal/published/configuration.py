@@ -63,6 +63,7 @@ _IRRELEVANT = GENERATE | frozenset(
     )
     for word in line.split()
 )
+_PROJECTORS = (ProjectorKind.linear.value, ProjectorKind.mlp2x_gelu.value)
 
 
 def read_config(
@@ -124,6 +125,11 @@ def write_config(config: DeepStackConfig) -> dict[str, Any]:
         ValueError: the published code cannot say it; the sentence names what.
     """
     vision, plan = config.typed_vision(), config.typed_plan()
+    if config.projector not in _PROJECTORS or config.projector_sharing == Sharing.per_injection.value:
+        raise ValueError(
+            f"projector.kind={config.projector}, projector.sharing={config.projector_sharing}: projectors there are "
+            f"{' and '.join(_PROJECTORS)}, one for all. Keep this model in this project's format."
+        )
     fresh = {
         "host": write_host(config.text_config),
         "plan": published_values(plan, vision),
@@ -216,10 +222,10 @@ def _longest(published: Mapping[str, Any]) -> int:
 
 def _projector(published: Mapping[str, Any]) -> ProjectorKind:
     name = published.get("mm_projector_type", "linear")  # as the published code takes a missing one
-    if not isinstance(name, str) or name not in {kind.value for kind in ProjectorKind}:
+    if not isinstance(name, str) or name not in _PROJECTORS:
         raise ValueError(
-            f"mm_projector_type={name!r}: projectors here are {' and '.join(kind.value for kind in ProjectorKind)}. A "
-            "checkpoint with another one cannot be converted."
+            f"mm_projector_type={name!r}: published projectors are {' and '.join(_PROJECTORS)}. A checkpoint with "
+            "another one cannot be converted."
         )
     return ProjectorKind(name)
 
