@@ -36,6 +36,7 @@ PLANS = {
     "blank": ModelConfig(name="blank", sequence=Sequence.blank),
     "channels": ModelConfig(name="channels", sequence=Sequence.channels, groups=0),
     "again": ModelConfig(name="again", source=Source.global_view, groups=2),
+    "taps": ModelConfig(name="taps", source=Source.tap, taps=[1, 2], groups=2),
     "pooled": ModelConfig(name="pooled", pooling=2, dealing=Dealing.tiles),
     "string": ModelConfig(name="string", sequence=Sequence.tiles, groups=0),
 }

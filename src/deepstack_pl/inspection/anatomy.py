@@ -24,6 +24,7 @@ from deepstack_pl.stacking.config import Sequence as InText
 from deepstack_pl.stacking.injection import NEWLINE, NOTHING
 from deepstack_pl.stacking.mosaic import best_grid, image_tables
 from deepstack_pl.stacking.plan import Plan
+from deepstack_pl.stacking.rules import ALIGNED
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,8 @@ def enters(plan: Plan, dealt: Dealt) -> tuple[str, ...]:
 
 def how_dealt(plan: Plan) -> str:
     """How mosaics and details become groups, for captions."""
+    if not plan.tiles and plan.detail == 1:
+        return "not cut"
     says = f"dealt {plan.dealing.value}"
     says += ", letter-boxed" if plan.resize is Resize.letterbox else ""
     return says + (", read in one pass" if plan.encoding is Encoding.one_pass else "")
@@ -225,7 +228,8 @@ def _pictures(processor: DeepStackProcessor, record: Record, whole: Sample) -> l
         at = slice(number * patches**2, (number + 1) * patches**2)
         in_tower = {d: r[at] for d, r in zip(plan.groups(Host.vit), whole.vit_rows, strict=True)}
         masks = {dealt: _mask(r, views, patches**2) for dealt, r in in_tower.items()}
-        masks |= {dealt: _mask(r, views, per_view) for dealt, r in rows.items()}
+        cut = {dealt: r for dealt, r in rows.items() if dealt[0] not in ALIGNED}  # those lie under every token
+        masks |= {dealt: _mask(r, views, per_view) for dealt, r in cut.items()}
         pictures.append(
             Picture(
                 size=image.size,

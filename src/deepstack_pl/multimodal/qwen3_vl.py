@@ -6,7 +6,7 @@ Qwen3-VL's own for the same embeddings and positions, while its answers are not 
 """
 
 from collections.abc import Callable, Mapping
-from math import isqrt
+from math import ceil, isqrt
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ def read_qwen3_vl(
             f"--image-size {size}: squares of {merge}x{merge} patches of {vision.patch_size} pixels must cover a view. "
             f"Give a multiple of {vision.patch_size * merge}."
         )
+    others = {key: getattr(vision, key) for key in ("num_position_embeddings", "temporal_patch_size", "in_channels")}
     tower = VisionConfig(
         name=MODEL_TYPE,
         library=VisionLibrary.huggingface,
@@ -129,15 +130,12 @@ def read_qwen3_vl(
         width=vision.hidden_size,
         layers=vision.depth,
         heads=vision.num_heads,
-        mlp_ratio=vision.intermediate_size / vision.hidden_size,
+        mlp_ratio=ceil(vision.intermediate_size / vision.hidden_size * 1e4) / 1e4,  # as conf writes it
         quick_gelu=False,
         layer_norm_eps=1e-6,
         gelu_tanh=vision.hidden_act == "gelu_pytorch_tanh",
-        architecture={
-            "num_position_embeddings": vision.num_position_embeddings,
-            "temporal_patch_size": vision.temporal_patch_size,
-        },
-        feature_layer=vision.depth,
+        architecture={key: value for key, value in others.items() if value != getattr(vision.__class__(), key)},
+        feature_layer=-1,
         mean=list(pixels["image_mean"]),
         std=list(pixels["image_std"]),
     )
