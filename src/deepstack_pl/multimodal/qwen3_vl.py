@@ -89,7 +89,13 @@ def convert_qwen3_vl(
     taken = (vision.patches_per_side // plan.pooling) ** 2
     report(f"a view is {vision.image_size} pixels, {taken} positions in the text; Qwen3-VL keeps an image's own shape")
     report("positions count on through an image; Qwen3-VL's have three axes: train from this, it is a start")
-    report(f"written to {destination}: python train.py init_from={destination} model=qwen3_style ...")
+    taps = ",".join(map(str, plan.taps))
+    report(
+        f"written to {destination}\n"
+        f"train from it: python train.py init_from={destination} model=qwen3_style 'model.taps=[{taps}]' "
+        f"model.groups={len(plan.taps)} model.pooling={plan.pooling} projector=patch_merger llm=... vision=...\n"
+        "               (options that describe this language model and tower; experiment=qwen3_vl_8b has the 8B's)"
+    )
 
 
 def read_qwen3_vl(
