@@ -1,5 +1,6 @@
 """A run small enough for tests of training, evaluation and inspection: two-colour pages, tiny networks, no files."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,13 @@ from deepstack_pl.data.columns import Columns
 from deepstack_pl.language.config import LLMConfig
 from deepstack_pl.language.conversation import load_tokenizer
 from deepstack_pl.multimodal.build import build_model
-from deepstack_pl.multimodal.config import ProjectorConfig, build_plan
+from deepstack_pl.multimodal.config import LoRAConfig, ProjectorConfig, build_plan
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.stacking.config import ModelConfig
 from deepstack_pl.training.config import OptimConfig, PartConfig, StageConfig
 from deepstack_pl.training.module import DeepStackModule
+from deepstack_pl.training.parts import adapters_of
 from deepstack_pl.vision.config import VisionConfig
 
 TOKENIZER = load_tokenizer(None)
@@ -45,12 +47,12 @@ PRETRAIN = StageConfig(name="pretrain", vision=FROZEN, llm=FROZEN)
 
 
 def small_model(
-    plan: ModelConfig = STACKED, llm: LLMConfig = LLM, device: str = "cpu"
+    plan: ModelConfig = STACKED, llm: LLMConfig = LLM, device: str = "cpu", lora: Mapping[str, LoRAConfig] | None = None
 ) -> DeepStackForConditionalGeneration:
     image = TOKENIZER.convert_tokens_to_ids("<image>")
     assert isinstance(image, int)
     projector = ProjectorConfig(name="mlp")
-    return build_model(plan, llm, VISION, projector, seed=0, image_token_id=image, device=device)
+    return build_model(plan, llm, VISION, projector, seed=0, image_token_id=image, device=device, lora=lora)
 
 
 def small_processor(plan: ModelConfig = STACKED) -> DeepStackProcessor:
@@ -61,7 +63,9 @@ def small_processor(plan: ModelConfig = STACKED) -> DeepStackProcessor:
 def small_module(
     plan: ModelConfig = STACKED, stage: StageConfig = SCRATCH, steps: int = 4, **optim: Any
 ) -> DeepStackModule:
-    return DeepStackModule(partial(small_model, plan), stage, OptimConfig(name="adamw", **optim), steps)
+    return DeepStackModule(
+        partial(small_model, plan, lora=adapters_of(stage)), stage, OptimConfig(name="adamw", **optim), steps
+    )
 
 
 @dataclass

@@ -26,7 +26,7 @@ from deepstack_pl.cli.run import execute
         ("strategy.devices=auto", "Say strategy.devices=1"),
         ("+trainer.devices=1", "devices stands in trainer (1) and in strategy (1)"),
         ("+strategy.sync_bathnorm=true", "Unknown key strategy.sync_bathnorm"),
-        ("llm.template=shiped", "There are phi3_instruct, plain, shipped, vicuna_v1. Did you mean shipped?"),
+        ("llm.template=shiped", "plain, qwen3, shipped, smollm2, vicuna_v1. Did you mean shipped?"),
         ("init_from=nowhere", "init_from=nowhere: there is no model.safetensors"),
         ("llm.architecture.hidden_size=97", "llm.architecture: The hidden size (97) is not a multiple"),
         ("llm.architecture.hidden_size=wide", "llm.architecture: Field 'hidden_size' expected int"),

@@ -190,11 +190,11 @@ def test_a_trial_step_is_the_worst_case_and_not_the_longest_text(tmp_path: Path)
     samples = [processor.prepare(record) for record in (picture, chat)]
     config = run_of(*TINY).data
     longest = len(samples[1].input_ids)
-    worst = trial._worst(samples, config, longest)
+    worst = trial.worst_sample(samples, config, longest)
     assert (len(worst.views), len(worst.input_ids)) == (5, longest)
     assert torch.equal(worst.input_ids[: len(samples[0].input_ids)], samples[0].input_ids)
     assert len(worst.labels) == len(worst.token_index) == len(worst.input_ids)
-    assert len(trial._worst(samples, config, 300).input_ids) == 300
+    assert len(trial.worst_sample(samples, config, 300).input_ids) == 300
 
 
 def test_a_trial_step_fills_a_token_budget_with_the_most_views_that_it_holds() -> None:
@@ -211,11 +211,11 @@ def test_a_trial_step_fills_a_token_budget_with_the_most_views_that_it_holds() -
     budget = replace(run_of(*TINY).data, batching=Batching.token_budget, token_budget=5 * long)
     rows = 5 * long // least
     assert rows > 10, "else the album's views are as many"
-    worst = trial._worst(samples, budget, longest=10**6)
+    worst = trial.worst_sample(samples, budget, longest=10**6)
     length = len(worst.input_ids)
-    assert (worst.key, trial._rows(budget, length)) == ("short", rows)
+    assert (worst.key, trial.rows_of(budget, length)) == ("short", rows)
     assert rows * length <= 5 * long < rows * (length + 1)
-    assert len(trial._worst(samples, budget, longest=least).input_ids) == least
+    assert len(trial.worst_sample(samples, budget, longest=least).input_ids) == least
 
 
 def test_a_trial_looks_for_the_most_images_and_the_least_text_beyond_the_first_samples() -> None:

@@ -22,7 +22,22 @@ OPTIONS = sorted(
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 NEEDS = {
     ("projector", "pixel_shuffle"): ["model.pooling=2"],
-    ("vision", "clip_l_336"): ["data.fine_print.view_size=336"],
+    **{
+        # Pages are drawn for the view's size, and their swatches lie on its pixels: 7 divides 518.
+        ("vision", name): [f"data.fine_print.view_size={size}", f"data.fine_print.cells={7 if size == 518 else 4}"]
+        for name, size in {
+            "clip_l_336": 336,
+            "clip_l_336_hf": 336,
+            "siglip_so400m_384": 384,
+            "siglip_so400m_384_hf": 384,
+            "siglip2_so400m_384": 384,
+            "siglip2_so400m_384_hf": 384,
+            "dinov2_l": 518,
+            "dinov2_l_registers": 518,
+            "timm_vit_b_16": 224,
+            "qwen3_vl": 768,
+        }.items()
+    },
 }
 
 
@@ -118,7 +133,8 @@ def test_what_is_wrong_with_an_override_is_said(typed: str, says: str) -> None:
 
 @pytest.mark.parametrize("typed", ["llm=fi3", "llm=tiny,fi3"])
 def test_a_misspelt_option_is_named_with_the_near_miss(typed: str) -> None:
-    assert refusal(typed) == "llm=fi3: no such option; llm has phi3, tiny, vicuna_7b. Did you mean phi3?"
+    options = ", ".join(sorted(file.stem for file in (CONF / "llm").glob("*.yaml")))
+    assert refusal(typed) == f"llm=fi3: no such option; llm has {options}. Did you mean phi3?"
 
 
 def test_a_misspelt_experiment_is_refused_although_it_is_optional() -> None:

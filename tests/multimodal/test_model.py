@@ -161,13 +161,6 @@ def test_greedy_equals_the_oracle_token_by_token() -> None:
         ids.append(token)
 
 
-def test_a_prompt_in_chunks_is_refused_in_a_sentence() -> None:
-    model = tiny_model(PLANS["deepstack_l"])
-    batch = batch_of(model, side=PadSide.left)
-    with pytest.raises(ValueError, match="Leave prefill_chunk_size out"):
-        model.generate(**prompts(batch), max_new_tokens=2, do_sample=False, prefill_chunk_size=5)
-
-
 @pytest.mark.parametrize("name", list(PLANS))
 def test_half_precision_takes_the_processors_pixels_as_they_are(name: str) -> None:
     model = tiny_model(PLANS[name])

@@ -25,7 +25,7 @@ from deepstack_pl.data.records import Outline, Source
 from deepstack_pl.data.sources import ShardSource, open_sources
 from deepstack_pl.evaluation.callback import GenerationCallback
 from deepstack_pl.inspection.callback import InspectionCallback
-from deepstack_pl.language.config import LLMInit
+from deepstack_pl.language.config import LLMConfig, LLMInit, Size
 from deepstack_pl.language.conversation import load_tokenizer
 from deepstack_pl.multimodal.build import build_model, checkpoint_config, load_weights
 from deepstack_pl.multimodal.config import build_plan
@@ -37,11 +37,11 @@ from deepstack_pl.training.guard import FirstStepGuard
 from deepstack_pl.training.interrupt import GracefulStop
 from deepstack_pl.training.ledger import Ledger
 from deepstack_pl.training.module import DeepStackModule
-from deepstack_pl.training.parts import part_configs
+from deepstack_pl.training.parts import adapters_of, part_configs
 from deepstack_pl.training.throughput import Throughput
 from deepstack_pl.vision.config import VisionInit
 
-_SHIPPED = "shipped"
+SHIPPED = "shipped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +66,34 @@ class Assembly:
 
 def settle(run: RunConfig) -> list[str]:
     """Settle in ``run`` what follows from its other values; a note for each change, and for what looks like a slip."""
+    adapted = adapters_of(run.stage)
     notes = [
         f"{part}: frozen, although its weights are random and nothing comes before them. Give init_from=RUN, or say "
-        f"stage.{part}.trained=true."
+        f"stage.{part}.trained=true{' and no lora' if part in adapted else ''}."
         for part in _drawn(run)
-        if not part_configs(run.stage)[part].trained and not run.init_from
+        if (not part_configs(run.stage)[part].trained or part in adapted) and not run.init_from
     ]
-    if run.llm.init is LLMInit.random and run.llm.checkpoint and run.llm.template != _SHIPPED:
+    written, built = run.llm.architecture, run.llm.built
+    if run.llm.size is Size.tiny:
+        changed = ", ".join(f"{key} {value}" for key, value in built.items() if value != written.get(key))
+        notes.append(f"llm.size=tiny: of {run.llm.name} its twin is built, with {changed}.")
+    if run.llm.checkpoint and tokenizer_of(run.llm) is None and run.llm.template != SHIPPED:
         notes.append(
             f"llm.init=random: text is written with the shipped tokenizer and template, not with {run.llm.template}, "
             f"whose tokens come with the weights of {run.llm.checkpoint}."
         )
-        run.llm.template = _SHIPPED
+        run.llm.template = SHIPPED
     return notes
+
+
+def tokenizer_of(llm: LLMConfig) -> str | None:
+    """Where the LLM's own tokenizer lies: with its weights, or, where these are random, in a local folder that is
+    ``llm.checkpoint``. None means the shipped one, whose vocabulary every tiny twin has.
+    """
+    if llm.init is LLMInit.pretrained:
+        return llm.checkpoint
+    files = [Path(llm.checkpoint) / name for name in ("tokenizer.json", "tokenizer.model")] if llm.checkpoint else []
+    return llm.checkpoint if llm.size is Size.full and any(file.is_file() for file in files) else None
 
 
 def _drawn(run: RunConfig) -> list[str]:
@@ -111,6 +126,7 @@ def model_builder(
             image_token_id=image_token_id,
             device=device,
             start=start or run.init_from,
+            lora=adapters_of(run.stage),
         )
         if run.init_from and fresh and device != "meta":
             drawn = load_weights(model, run.init_from)
@@ -122,14 +138,14 @@ def model_builder(
 
 
 def make_processor(run: RunConfig, start: str | None = None) -> DeepStackProcessor:
-    """The processor of ``run``: with the tokenizer of the folder ``start`` that all weights come from, else with a
-    pretrained LLM's own, else with the shipped one.
+    """The processor of ``run``: with the tokenizer of the folder ``start`` that all weights come from, else with the
+    LLM's own (`tokenizer_of`), else with the shipped one.
     """
-    start, pretrained = start or run.init_from, run.llm.init is LLMInit.pretrained
-    if pretrained:
+    start = start or run.init_from
+    if run.llm.init is LLMInit.pretrained:
         checkpoint_config(run.llm, start)  # its error says more than a missing tokenizer's would
     return DeepStackProcessor(
-        load_tokenizer(start or (run.llm.checkpoint if pretrained else None)),
+        load_tokenizer(start or tokenizer_of(run.llm)),
         plan=build_plan(run.model, run.llm, run.vision),
         vision=run.vision,
         template=run.llm.template,

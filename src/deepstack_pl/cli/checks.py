@@ -4,15 +4,17 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from hydra.utils import get_method
 from transformers.models.auto import CONFIG_MAPPING
 
 from deepstack_pl.config.run import RunConfig
-from deepstack_pl.language.config import LLMConfig
+from deepstack_pl.language.config import Attention, LLMConfig
 from deepstack_pl.language.template import IMAGE, TEMPLATES
-from deepstack_pl.multimodal.build import require_weights, text_config
+from deepstack_pl.multimodal.build import OLDER, require_weights, text_config
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 
 _ONE_DEVICE = "Training over several devices is not supported yet"
@@ -38,6 +40,7 @@ def check(run: RunConfig, *, fresh: bool = True) -> None:
     """
     check_trainer(run)
     check_architecture(run.llm)
+    check_attention(run)
     if run.llm.template not in TEMPLATES:
         hint = _near(run.llm.template, TEMPLATES)
         raise ValueError(
@@ -72,7 +75,8 @@ def check_architecture(llm: LLMConfig) -> None:
     if llm.family not in CONFIG_MAPPING:
         hint = _near(llm.family, CONFIG_MAPPING)
         raise ValueError(f"llm.family={llm.family}: transformers knows no such model type.{hint}")
-    known = {*CONFIG_MAPPING[llm.family]().to_dict(), "rope_theta", "rope_scaling"}  # the last two: older spellings
+    known = {*CONFIG_MAPPING[llm.family]().to_dict()}
+    known |= {older for older, now in OLDER.items() if now in known}
     for key in llm.architecture:
         if key not in known:
             hint = _near(key, known, "llm.architecture.")
@@ -82,17 +86,37 @@ def check_architecture(llm: LLMConfig) -> None:
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         says = re.sub(r"^\w+Error: ", "", str(error).splitlines()[-1].strip())
         raise ValueError(f"llm.architecture: {says} Correct it in llm=.") from error
-    pad, rows = llm.architecture.get("pad_token_id"), llm.architecture.get("vocab_size")
+    pad, rows = llm.built.get("pad_token_id"), llm.built.get("vocab_size")
     if pad is not None and rows is not None and pad >= rows:
         raise ValueError(
             f"llm.architecture.pad_token_id={pad} is no row of an embedding with llm.architecture.vocab_size={rows}. "
             "Lower the one, or raise the other."
         )
-    width, heads = llm.architecture.get("hidden_size"), llm.architecture.get("num_attention_heads")
-    if width and heads and width % heads and not llm.architecture.get("head_dim"):  # not every family looks itself
+    width, heads = llm.built.get("hidden_size"), llm.built.get("num_attention_heads")
+    if width and heads and width % heads and not llm.built.get("head_dim"):  # not every family looks itself
         raise ValueError(
             f"llm.architecture.num_attention_heads={heads} does not divide llm.architecture.hidden_size={width}: every "
             "head takes an equal share of the width."
+        )
+
+
+def check_attention(run: RunConfig) -> None:
+    """Flash attention needs its package, a GPU and half precision, and transformers says so only once it builds."""
+    if run.llm.attention is not Attention.flash_attention_2:
+        return
+    if find_spec("flash_attn") is None:
+        raise ValueError(
+            "llm.attention=flash_attention_2 needs the package flash-attn, which is not installed: "
+            "pip install -e '.[flash]' -c constraints.txt, on a machine with a GPU and CUDA's compiler. "
+            "llm.attention=sdpa needs nothing."
+        )
+    if not torch.cuda.is_available():
+        raise ValueError("llm.attention=flash_attention_2 needs a GPU, and there is none here. Say llm.attention=sdpa.")
+    precision = str(run.trainer.get("precision") or "32-true")
+    if "16" not in precision:
+        raise ValueError(
+            f"llm.attention=flash_attention_2 computes in half precision alone, and trainer.precision={precision}. Say "
+            "trainer=gpu, trainer.precision=bf16-mixed, or llm.attention=sdpa."
         )
 
 

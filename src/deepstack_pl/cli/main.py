@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Protocol
 
-from deepstack_pl.cli import convert, parity, shards
+from deepstack_pl.cli import convert, export, fetch, parity, shards
 
 
 class Command(Protocol):
@@ -24,15 +24,21 @@ class Command(Protocol):
     def run(self, args: argparse.Namespace, /) -> int: ...
 
 
-COMMANDS: dict[str, Command] = {"convert": convert, "parity": parity, "shards": shards}
+COMMANDS: dict[str, Command] = {
+    "convert": convert,
+    "export": export,
+    "fetch": fetch,
+    "parity": parity,
+    "shards": shards,
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command that ``argv`` names; the exit status."""
     parser = argparse.ArgumentParser(
         prog="deepstack",
-        description="DeepStack: corpora into shards, published checkpoints in and out, proof of agreement. Training is "
-        "python train.py.",
+        description="DeepStack: corpora into shards, published checkpoints in and out, runs as Hugging Face folders, "
+        "proof of agreement. Training is python train.py.",
     )
     parser.add_argument("--version", action="version", version=version("deepstack_pl"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from deepstack_pl.cli import checks, provenance
 from deepstack_pl.cli.assemble import Assembly, assemble, model_builder, settle
 from deepstack_pl.cli.folders import CONFIG, RECEIPT, checkpoint_of, claim, relative, remember, write_text
+from deepstack_pl.cli.memory import print_memory
 from deepstack_pl.cli.report import print_report, write_results
 from deepstack_pl.cli.resume import Resumed, data_state_of, step_of
 from deepstack_pl.cli.trial import one_step
@@ -65,6 +66,7 @@ def execute(
     if run.trial is DryRun.true:
         model = model_builder(run, image_token_id=0)(device="meta")
         console.print(apply_stage(model, run.stage).table())
+        print_memory(run, model, console)
         return False
     work = assemble(run, folder, fresh=resumed is None)
     for split, source in (("training", work.train), ("validation", work.val)):

@@ -33,8 +33,8 @@ def one_step(run: RunConfig, folder: Path, work: Assembly, console: Console, mem
     samples = _looked_at(work.val if isinstance(work.train, PipelineSource) else work.train, processor)
     unknown = streamed or run.data.batching is Batching.token_budget  # there rows may be as long as the budget leaves
     longest = run.llm.max_length if unknown else max(len(sample.input_ids) for sample in samples)
-    sample = _worst(samples, run.data, longest)
-    batch = processor.collate([sample] * _rows(run.data, len(sample.input_ids)))
+    sample = worst_sample(samples, run.data, longest)
+    batch = processor.collate([sample] * rows_of(run.data, len(sample.input_ids)))
     once = {"max_steps": 1, "accumulate_grad_batches": 1, "log_every_n_steps": 1}
     trainer = build_trainer(run, folder, [], None, **once, enable_checkpointing=False, enable_progress_bar=False)
     start = time.perf_counter()
@@ -59,7 +59,7 @@ class _Once:
         yield self.batch
 
 
-def _rows(config: DataConfig, length: int) -> int:
+def rows_of(config: DataConfig, length: int) -> int:
     """Samples of ``length`` positions in one forward."""
     each = max(1, config.token_budget // length) if config.batching is Batching.token_budget else 1
     return config.micro_batch() * each
@@ -86,19 +86,19 @@ def _looked_at(source: Source, processor: DeepStackProcessor) -> list[Sample]:
     return samples
 
 
-def _worst(samples: Sequence[Sample], config: DataConfig, longest: int) -> Sample:
+def worst_sample(samples: Sequence[Sample], config: DataConfig, longest: int) -> Sample:
     """The sample that brings the most views into one forward, lengthened to ``longest`` positions, or to as many of
     them as ``data.token_budget`` leaves each row.
     """
 
     def weight(sample: Sample) -> tuple[int, int]:
         length = len(sample.input_ids)
-        return len(sample.views) * _rows(config, length), -length
+        return len(sample.views) * rows_of(config, length), -length
 
     most = max(samples, key=weight)
     length = len(most.input_ids)
     if config.batching is Batching.token_budget:
-        longest = min(longest, config.token_budget // _rows(config, length))
+        longest = min(longest, config.token_budget // rows_of(config, length))
     missing = longest - length
     if missing <= 0:
         return most

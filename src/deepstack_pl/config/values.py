@@ -4,7 +4,7 @@ from deepstack_pl.config.run import RunConfig
 from deepstack_pl.data.config import Batching, DataConfig, Source, StreamKind
 from deepstack_pl.language.config import LLMInit
 from deepstack_pl.multimodal.config import build_plan, check_projector
-from deepstack_pl.vision.config import VisionInit
+from deepstack_pl.vision.config import check_weights
 
 
 def check(run: RunConfig) -> None:
@@ -40,11 +40,7 @@ def _check_weights(run: RunConfig) -> None:
             "llm.init=pretrained, but llm.checkpoint is not given: name a hub model or a local folder, or say "
             "llm.init=random."
         )
-    if run.vision.init is VisionInit.pretrained and not (run.vision.open_clip_model and run.vision.open_clip_weights):
-        raise ValueError(
-            "vision.init=pretrained needs vision.open_clip_model and vision.open_clip_weights (a tag of open_clip's, "
-            "or a file). Give both, or say vision.init=random."
-        )
+    check_weights(run.vision)
 
 
 def _check_vision(run: RunConfig) -> None:

@@ -14,6 +14,7 @@ from deepstack_pl.batch import PadSide, Record, Role
 from deepstack_pl.data.sources import Source
 from deepstack_pl.evaluation.config import EvaluationConfig
 from deepstack_pl.evaluation.metrics import FactAccuracy, score
+from deepstack_pl.language import ends
 from deepstack_pl.language.conversation import encode, encode_prompt
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor, generation_inputs
@@ -116,17 +117,8 @@ def generate(
 
 
 def stop_ids(processor: DeepStackProcessor) -> list[int]:
-    """Tokens that end an answer: the tokenizer's own end, and the template's, which may be another one."""
-    tokenizer, suffix = processor.tokenizer, processor.template.assistant_suffix
-    own = tokenizer.eos_token_id
-    found = {own} if isinstance(own, int) else set()
-    for text in (suffix, suffix.strip()):  # a suffix may be a token and a line break, or a line break alone
-        # After a letter, as in an answer: by itself a line break is two tokens to some tokenizers.
-        answer, ended = (tokenizer.encode(t, add_special_tokens=False) for t in ("a", f"a{text}"))
-        end = ended[len(answer) :]
-        if ended[: len(answer)] == answer and len(end) == 1 and end[0] != tokenizer.unk_token_id:
-            return sorted(found | {end[0]})
-    return sorted(found)
+    """Tokens that end an answer."""
+    return ends.stop_ids(processor.tokenizer, processor.template)
 
 
 def not_asked(processor: DeepStackProcessor, record: Record, config: EvaluationConfig, stops: list[int]) -> str | None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from deepstack_pl.language.tiny import shrink
+
 
 class LLMInit(Enum):
     """Where a language model's weights come from."""
@@ -12,13 +14,20 @@ class LLMInit(Enum):
     pretrained = "pretrained"  # the checkpoint
 
 
+class Size(Enum):
+    """Which of a family is built."""
+
+    full = "full"  # the architecture as written
+    tiny = "tiny"  # its twin for a CPU, shrunk by rule (language.tiny), with random weights and the shipped tokenizer
+
+
 class Attention(Enum):
     """Hugging Face attention implementation."""
 
     eager = "eager"
     sdpa = "sdpa"
     flex_attention = "flex_attention"
-    flash_attention_2 = "flash_attention_2"
+    flash_attention_2 = "flash_attention_2"  # needs a GPU, half precision and the [flash] extra
 
 
 class TooLong(Enum):
@@ -38,12 +47,26 @@ class LLMConfig:
     family: str = "???"  # Hugging Face model_type: llama, phi3, ...
     checkpoint: str | None = None  # hub name or local folder of the weights and tokenizer
     init: LLMInit = LLMInit.random
-    template: str = "shipped"  # a name in language.conversation.TEMPLATES
+    size: Size = Size.full
+    template: str = "shipped"  # a name in language.template.TEMPLATES
     max_length: int = 2048  # positions, image tokens included
     too_long: TooLong = TooLong.cut_text
     attention: Attention = Attention.sdpa
     architecture: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.size is Size.tiny and self.init is LLMInit.pretrained:
+            raise ValueError(
+                f"llm={self.name} llm.size=tiny: nobody trained the tiny twin, so there are no weights to load. Say "
+                "llm.init=random, or llm.size=full."
+            )
+
+    @property
+    def built(self) -> dict[str, Any]:
+        """The architecture that is built, after ``size``."""
+        return shrink(self.architecture) if self.size is Size.tiny else self.architecture
+
     @property
     def layers(self) -> int:
-        return int(self.architecture["num_hidden_layers"])
+        """Decoder layers of what is built: plans are checked against them."""
+        return int(self.built["num_hidden_layers"])

@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -52,6 +53,7 @@ __all__ = [
     "Template",
     "encode",
     "encode_prompt",
+    "encode_written",
     "image_token_id",
     "load_tokenizer",
     "render",
@@ -97,15 +99,29 @@ def encode_prompt(turns: Sequence[Turn], template: Template, tokenizer: PreTrain
     return _opening(template, tokenizer) + [token for _, new in _tokens(spans, template, tokenizer) for token in new]
 
 
+def encode_written(text: str, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a prompt that stands in ``template`` already, with or without the tokenizer's bos token before it.
+
+    Who wrote what can no longer be told: special tokens count wherever they stand.
+    """
+    if template.bos and isinstance(tokenizer.bos_token, str):
+        text = text.removeprefix(tokenizer.bos_token)
+    span = Span(0, learned=False, text=text, own=((0, len(text)),))
+    return _opening(template, tokenizer) + [token for _, new in _tokens([span], template, tokenizer) for token in new]
+
+
 def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that stands for an image; it may lie beyond the LLM's vocabulary, as its embedding is never looked up."""
     return _token_id(IMAGE, tokenizer, "Load the tokenizer with load_tokenizer, which adds it.")
 
 
-def load_tokenizer(path: str | None) -> PreTrainedTokenizerFast:
-    """The tokenizer at ``path`` (a folder or a name on the Hugging Face hub), or the shipped one for None."""
+def load_tokenizer(path: str | None, **options: Any) -> PreTrainedTokenizerFast:
+    """The tokenizer at ``path`` (a folder or a name on the Hugging Face hub), or the shipped one for None.
+
+    ``options`` are transformers' own, as ``revision``.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(_SHIPPED) if path is None else path)
+        tokenizer = AutoTokenizer.from_pretrained(str(_SHIPPED) if path is None else path, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(_not_loaded(path)) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -1,7 +1,8 @@
 """Templates: the strings around the turns of a conversation, as values, and the string they make.
 
-The published templates (method C.5) give the published code's prompts to the letter, but for several images in one
-turn: there only one survives, here all stay where they were written. A leading assistant turn is dropped.
+vicuna_v1, phi3_instruct and plain (method C.5) give the published code's prompts to the letter, but for several images
+in one turn: there only one survives, here all stay where they were written. The other families' are those of their
+tokenizers' chat templates (docs/llms.md). A leading assistant turn is dropped.
 """
 
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ class Template:
             token that generation starts with.
         assistant_suffix: ends an answer; learned.
         marks: the special tokens in the strings above; each must be one token of the tokenizer.
+        between: from an answer's end to the next turn; not learned.
+        trimmed: whose texts lose the white space at their ends, where the family's own template takes it away.
         bos: the ids start with the tokenizer's beginning-of-sequence token, which ``render`` leaves out.
     """
 
@@ -41,6 +44,8 @@ class Template:
     assistant_prefix: str = ""
     answer_lead: str = ""
     assistant_suffix: str = ""
+    between: str = ""
+    trimmed: tuple[Role, ...] = ()
     marks: tuple[str, ...] = ()
     bos: bool = True
     user_text: UserText = UserText.as_written
@@ -77,6 +82,62 @@ TEMPLATES: dict[str, Template] = {
             assistant_prefix="\n<|assistant|>\n",
             assistant_suffix="<|end|>",
             marks=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+            user_text=UserText.image_first,
+        ),
+        Template(
+            name="llama3",
+            user_prefix="<|start_header_id|>user<|end_header_id|>\n\n",
+            user_suffix="<|eot_id|>",
+            assistant_prefix="<|start_header_id|>assistant<|end_header_id|>\n\n",
+            assistant_suffix="<|eot_id|>",
+            trimmed=(Role.user, Role.assistant),
+            marks=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+            user_text=UserText.image_first,
+        ),
+        # Without thinking: every answer stands behind the empty block that it is generated from.
+        Template(
+            name="qwen3",
+            user_prefix="<|im_start|>user\n",
+            user_suffix="<|im_end|>\n",
+            assistant_prefix="<|im_start|>assistant\n<think>\n\n</think>\n\n",
+            assistant_suffix="<|im_end|>",
+            between="\n",
+            marks=("<|im_start|>", "<|im_end|>", "<think>", "</think>"),
+            bos=False,
+            user_text=UserText.image_first,
+        ),
+        Template(
+            name="smollm2",
+            system="<|im_start|>system\n"
+            "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n",
+            user_prefix="<|im_start|>user\n",
+            user_suffix="<|im_end|>\n",
+            assistant_prefix="<|im_start|>assistant\n",
+            assistant_suffix="<|im_end|>",
+            between="\n",
+            marks=("<|im_start|>", "<|im_end|>"),
+            bos=False,
+            user_text=UserText.image_first,
+        ),
+        Template(
+            name="mistral_v3",
+            user_prefix="[INST] ",
+            user_suffix="[/INST]",
+            answer_lead=" ",
+            assistant_suffix="</s>",
+            trimmed=(Role.assistant,),
+            marks=("[INST]", "[/INST]", "</s>"),
+            user_text=UserText.image_first,
+        ),
+        Template(
+            name="gemma3",
+            user_prefix="<start_of_turn>user\n",
+            user_suffix="<end_of_turn>\n",
+            assistant_prefix="<start_of_turn>model\n",
+            assistant_suffix="<end_of_turn>",
+            between="\n",
+            trimmed=(Role.user, Role.assistant),
+            marks=("<start_of_turn>", "<end_of_turn>"),
             user_text=UserText.image_first,
         ),
         Template(name="plain", assistant_suffix="\n", user_text=UserText.images_only),
@@ -123,11 +184,12 @@ def spans_of(turns: Sequence[Turn], template: Template) -> list[Span]:
     """The rendered string, question by answer; a question's span holds what stands before and after it."""
     spans = []
     for place, turn in _numbered(turns):
+        said = turn.text.strip() if turn.role in template.trimmed else turn.text
         if turn.role is Role.user:
-            before = template.user_prefix if spans else template.system + template.user_prefix
-            text, after = _user_text(place, turn.text, template), template.user_suffix + template.assistant_prefix
+            before = (template.between if spans else template.system) + template.user_prefix
+            text, after = _user_text(place, said, template), template.user_suffix + template.assistant_prefix
         else:
-            before, text, after = template.answer_lead, turn.text, template.assistant_suffix
+            before, text, after = template.answer_lead, said, template.assistant_suffix
         whole = before + text + after
         own = ((0, len(before)), (len(whole) - len(after), len(whole)))
         spans.append(Span(place, turn.role is Role.assistant, whole, own))

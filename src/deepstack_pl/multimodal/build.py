@@ -1,18 +1,21 @@
 """From values to a model: random, pretrained or on the meta device; and its parts by name."""
 
 import json
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.utils import CONFIG_NAME
 
 from deepstack_pl.language.config import LLMConfig, LLMInit
-from deepstack_pl.multimodal.config import ProjectorConfig, build_plan
+from deepstack_pl.multimodal.config import LoRAConfig, ProjectorConfig, build_plan
 from deepstack_pl.multimodal.configuration import DeepStackConfig, vision_values
+from deepstack_pl.multimodal.lora import is_adapter, without_adapters
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.tensor_files import INDEX, SINGLE, TensorFiles
 from deepstack_pl.stacking.config import ModelConfig
@@ -40,8 +43,10 @@ def build_model(
     image_token_id: int,
     device: str = "cpu",
     start: str | Path | None = None,
+    lora: Mapping[str, LoRAConfig] | None = None,
 ) -> DeepStackForConditionalGeneration:
-    """Build the model; on ``device="meta"`` shapes alone, without weights or network.
+    """Build the model; on ``device="meta"`` shapes alone, without weights or network. ``lora`` names the parts that
+    hold adapters.
 
     With ``start``, a folder whose weights follow (`load_weights`, or a checkpoint of a run that began there), nothing
     is fetched: of a pretrained LLM the configuration comes from there, too.
@@ -71,6 +76,8 @@ def build_model(
         built.language_model.load_state_dict(_checkpoint(llm).state_dict())
     if vision.init is VisionInit.pretrained and start is None and not meta:
         built.vision_tower.tower.load_pretrained()
+    with torch.device(device):
+        built.adapt(lora or {})  # after weights that know nothing of them
     return built
 
 
@@ -85,15 +92,22 @@ def parts(model: DeepStackForConditionalGeneration) -> dict[str, list[tuple[str,
 def load_weights(model: DeepStackForConditionalGeneration, folder: str | Path) -> list[str]:
     """Start ``model`` from the weights of a run or an exported folder; the plans may differ, the tensors may not.
 
-    Returns the parameters that stay as they were drawn: gates and newline of a plan that folder's plan had none of.
+    Returns what stays as it was drawn: gates and newline of a plan that folder's plan had none of, and the adapters of
+    a part, as one, where that folder holds none.
 
     Raises:
         ValueError: no weights there, or tensors of other names or shapes.
     """
     require_weights(folder)
-    _refuse_another_architecture(model.config, DeepStackConfig.from_pretrained(folder), folder)
-    files, state = TensorFiles(Path(folder)), model.state_dict()
-    shared = {name for group in _tied(model) for name in group if group & files.keys()}
+    theirs = DeepStackConfig.from_pretrained(folder)
+    _refuse_another_architecture(model.config, theirs, folder)
+    _refuse_other_adapters(model.config, theirs, folder)
+    files, state = TensorFiles(Path(folder)), model.state_dict(keep_vars=True)
+    adapted = []
+    if not theirs.lora:  # its weights are those that adapters stand beside
+        adapted = [f"{part}'s adapters" for part in model.config.lora]
+        state = {without_adapters(name): tensor for name, tensor in state.items() if not is_adapter(name)}
+    shared = {name for group in _tied(state) for name in group if group & files.keys()}
     missing = sorted(state.keys() - files.keys() - shared)
     drawn = [name for name in missing if name.startswith(_OF_THE_PLAN)]
     missing = [name for name in missing if name not in drawn]
@@ -112,8 +126,8 @@ def load_weights(model: DeepStackForConditionalGeneration, folder: str | Path) -
             "groups stand in the channels model.sequence and model.tiles, too."
         )
     for name in files:  # one by one: two copies of a large model need not fit
-        state[name].copy_(files[name])
-    return drawn
+        state[name].detach().copy_(files[name])
+    return drawn + adapted
 
 
 # Of the LLM's configuration: where it came from, how it was drawn, what `generate` does by default.
@@ -150,7 +164,13 @@ def require_weights(folder: str | Path) -> None:
 
 def _refuse_another_architecture(own: DeepStackConfig, theirs: DeepStackConfig, folder: str | Path) -> None:
     """Values that shapes do not show: heads, rotary base, activation, pixel statistics."""
-    ignored = {"name", "init", "open_clip_model", "open_clip_weights"}  # where weights came from, not what they are
+    ignored = {
+        "name",
+        "init",
+        "checkpoint",
+        "open_clip_model",
+        "open_clip_weights",
+    }  # where weights came from, not what they are
     pairs = {
         "llm": (
             own.text_config.to_dict(),
@@ -173,21 +193,47 @@ def _refuse_another_architecture(own: DeepStackConfig, theirs: DeepStackConfig, 
         )
 
 
+def _refuse_other_adapters(own: DeepStackConfig, theirs: DeepStackConfig, folder: str | Path) -> None:
+    if theirs.lora and theirs.typed_lora() != own.typed_lora():
+        raise ValueError(
+            f"init_from={folder} holds adapters ({_adapters(theirs)}), and this run has {_adapters(own)}. Merge them "
+            f"into the weights first (deepstack export {folder} FOLDER --merge-lora) and start from FOLDER, or give "
+            "stage.vision.lora and stage.llm.lora that run's values."
+        )
+
+
+def _adapters(config: DeepStackConfig) -> str:
+    held = [f"{part}: {', '.join(f'{k} {v}' for k, v in values.items())}" for part, values in config.lora.items()]
+    return "; ".join(held) or "none"
+
+
 def _projector_values(config: DeepStackConfig) -> dict[str, Any]:
     return {"kind": config.projector, "sharing": config.projector_sharing}
+
+
+# Values as config.json files on the hub spell them, and where transformers keeps what they say.
+OLDER = {
+    "rope_theta": "rope_parameters",
+    "rope_scaling": "rope_parameters",
+    "rope_local_base_freq": "rope_parameters",
+    "partial_rotary_factor": "rope_parameters",
+    "sliding_window_pattern": "layer_types",
+}
+# Ends of texts are the tokenizer's and the template's affair, and revisions of one checkpoint differ in them.
+_OF_THE_TEXT = {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def text_config(llm: LLMConfig) -> PreTrainedConfig:
     """The Hugging Face configuration that conf's values describe."""
     if llm.family not in CONFIG_MAPPING:
         raise ValueError(f"llm.family={llm.family}: no model type of transformers. Its documentation lists them.")
-    return CONFIG_MAPPING[llm.family](**llm.architecture)
+    return CONFIG_MAPPING[llm.family](**deepcopy(llm.built))  # transformers writes into rope_scaling
 
 
-def _tied(model: nn.Module) -> list[set[str]]:
+def _tied(state: Mapping[str, Tensor]) -> list[set[str]]:
     """Names that share one tensor."""
     names: dict[int, set[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in state.items():
         names.setdefault(id(tensor), set()).add(name)
     return [group for group in names.values() if len(group) > 1]
 
@@ -224,7 +270,7 @@ def checkpoint_config(llm: LLMConfig, start: str | Path | None = None) -> PreTra
             raise ValueError(f"init_from={start}: its config.json cannot be read. Is the folder there?") from error
         raise _not_at_hand(llm, error) from error
     own, theirs = text_config(llm).to_dict(), config.to_dict()
-    named = [*llm.architecture, "rope_parameters"]  # transformers 5 moves rope_theta and rope_scaling in there
+    named = sorted((llm.architecture.keys() - OLDER - _OF_THE_TEXT) | (set(OLDER.values()) & own.keys()))
     differ = {key: (own[key], theirs.get(key)) for key in named if key in own and own[key] != theirs.get(key)}
     if config.model_type != llm.family or differ:
         raise ValueError(

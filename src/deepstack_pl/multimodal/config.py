@@ -1,12 +1,13 @@
 """The bridge from vision width to language width, and the plan that joins both hosts. Loads without torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 from deepstack_pl.language.config import LLMConfig
-from deepstack_pl.stacking.config import Host, ModelConfig, Sequence, Source
+from deepstack_pl.stacking.config import Encoding, Host, ModelConfig, Sequence, Source
 from deepstack_pl.stacking.plan import Plan
-from deepstack_pl.vision.config import VisionConfig
+from deepstack_pl.vision.config import VisionConfig, check_one_pass
 
 
 class ProjectorKind(Enum):
@@ -36,8 +37,49 @@ class ProjectorConfig:
     sharing: Sharing = Sharing.shared
 
 
+@dataclass(kw_only=True, slots=True)
+class LoRAConfig:
+    """Low-rank adapters beside a part's linear layers (Hu et al., 2021, https://arxiv.org/abs/2106.09685)."""
+
+    rank: int = 0  # 0: none, and the part is trained whole
+    alpha: float = 256.0  # what adapters add is scaled by alpha / rank
+    dropout: float = 0.05  # of what enters an adapter, in training
+    # Which layers: the last words of their names (q_proj, mlp.down_proj). None named: every linear layer of the blocks.
+    targets: list[str] = field(default_factory=list)
+
+
+ADAPTED = ("vision", "llm")  # the parts that adapters can stand in; a projector is small, and trained whole
+
+
+def check_lora(lora: Mapping[str, LoRAConfig]) -> None:
+    """Refuse adapters that cannot be, by the part's name.
+
+    Raises:
+        ValueError: naming the value, the rule and the remedy.
+    """
+    for part, values in lora.items():
+        if part not in ADAPTED:
+            raise ValueError(
+                f"stage.{part}.lora.rank={values.rank}: adapters stand in {' or '.join(ADAPTED)}; the {part} is small, "
+                f"and trained whole. Say stage.{part}.lora.rank=0."
+            )
+        if values.rank < 1:
+            raise ValueError(f"stage.{part}.lora.rank={values.rank}: a rank is 1 or more, and 0 says no adapters.")
+        if values.alpha <= 0:
+            raise ValueError(
+                f"stage.{part}.lora.alpha={values.alpha}: what adapters add is scaled by alpha / rank. Give a number "
+                "above zero; twice the rank is usual."
+            )
+        if not 0 <= values.dropout < 1:
+            raise ValueError(
+                f"stage.{part}.lora.dropout={values.dropout} is the share that is left out: use 0 up to, not with, 1."
+            )
+
+
 def build_plan(model: ModelConfig, llm: LLMConfig, vision: VisionConfig) -> Plan:
     """The plan, checked against the depths that conf writes down: before any weight exists."""
+    if model.encoding is Encoding.one_pass:
+        check_one_pass(vision)
     return check_pooling(Plan.build(model, llm_layers=llm.layers, vit_layers=vision.tap), vision)
 
 

@@ -8,9 +8,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
 from deepstack_pl.language.config import TooLong
-from deepstack_pl.multimodal.config import ProjectorKind, Sharing
+from deepstack_pl.multimodal.config import LoRAConfig, ProjectorKind, Sharing
 from deepstack_pl.stacking.plan import Plan
-from deepstack_pl.vision.config import VisionConfig, VisionInit
+from deepstack_pl.vision.config import VisionConfig, VisionInit, VisionLibrary
 
 
 class DeepStackConfig(PreTrainedConfig):
@@ -27,6 +27,7 @@ class DeepStackConfig(PreTrainedConfig):
         sample_max_length: positions of a sample, image tokens included.
         sample_too_long: a `TooLong`.
         init_seed: the seed that each part's random weights were drawn from.
+        lora: by the name of a part (vision, llm) the values of the `LoRAConfig` whose adapters it holds.
         published: the config.json of the published checkpoint that this model was converted from, whole.
     """
 
@@ -45,6 +46,7 @@ class DeepStackConfig(PreTrainedConfig):
         sample_max_length: int = 2048,
         sample_too_long: str = TooLong.refuse.value,
         init_seed: int = 0,
+        lora: dict[str, dict[str, Any]] | None = None,
         published: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -60,6 +62,7 @@ class DeepStackConfig(PreTrainedConfig):
         self.sample_max_length = sample_max_length
         self.sample_too_long = sample_too_long
         self.init_seed = init_seed
+        self.lora = lora or {}
         self.published = published
         # Written at both levels: the default of the nested one changed between transformers releases.
         kwargs["tie_word_embeddings"] = self.text_config.tie_word_embeddings
@@ -68,8 +71,13 @@ class DeepStackConfig(PreTrainedConfig):
     def typed_plan(self) -> Plan:
         return Plan.from_dict(self.plan)
 
+    def typed_lora(self) -> dict[str, LoRAConfig]:
+        return {part: LoRAConfig(**values) for part, values in self.lora.items()}
+
     def typed_vision(self) -> VisionConfig:
-        return VisionConfig(**{**self.vision, "init": VisionInit(self.vision["init"])})
+        library = self.vision.get("library", VisionLibrary.open_clip.value)  # the only one that older folders had
+        enums = {"init": VisionInit(self.vision["init"]), "library": VisionLibrary(library)}
+        return VisionConfig(**{**self.vision, **enums})
 
 
 def vision_values(config: VisionConfig) -> dict[str, Any]:

@@ -131,6 +131,11 @@ def convert_back(source: str, destination: str | Path, *, report: Callable[[str]
                 "`--to published` it is converted into one."
             )
         config = DeepStackConfig.from_pretrained(origin)
+        if config.lora:
+            raise ValueError(
+                f"{source} holds adapters, which the published code does not know. Merge them first: `deepstack export "
+                f"{shlex.quote(source)} FOLDER --merge-lora`, then convert FOLDER."
+            )
         written = write_config(config)
         files, shapes = TensorFiles(origin), own_shapes(config)
         check_tensors(shapes, files, {name: name for name in files}, source)

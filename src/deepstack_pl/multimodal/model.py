@@ -5,29 +5,36 @@ entering the LLM, ``h`` groups entering the tower, ``m`` patches of all global v
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Cache, GenerationMixin
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Cache
 from transformers import PreTrainedModel as HFModel
 from transformers.utils.generic import ModelOutput
 
-from deepstack_pl.language.host import CARRIER, Carrier, assert_installed, install
-from deepstack_pl.multimodal.config import ProjectorKind, Sharing, check_pooling, check_projector
+from deepstack_pl.language.host import CARRIER, Carrier, assert_installed, decoder_layers, install
+from deepstack_pl.multimodal.config import (
+    LoRAConfig,
+    ProjectorKind,
+    Sharing,
+    check_lora,
+    check_pooling,
+    check_projector,
+)
 from deepstack_pl.multimodal.configuration import DeepStackConfig
+from deepstack_pl.multimodal.generation import DeepStackGenerationMixin
 from deepstack_pl.multimodal.groups import text_and_groups
+from deepstack_pl.multimodal.lora import add_adapters
 from deepstack_pl.multimodal.merge import merge
 from deepstack_pl.multimodal.projector import build_own_projectors, build_projector
 from deepstack_pl.stacking.config import Host, Newline, Sequence
 from deepstack_pl.stacking.injection import InjectionTrace
 from deepstack_pl.vision.encoder import VisionEncoder
-
-VISUAL_INPUTS = ("views", "sequence_rows", "group_rows", "vit_rows")  # not indexed by sample: never repeated for beams
 
 
 @dataclass
@@ -38,10 +45,11 @@ class DeepStackOutput(ModelOutput):
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
     record: list[InjectionTrace] | None = None
 
 
-class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
+class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
     """A vision tower, a projector and a stock causal LM; injections as ``plan`` says.
 
     Parts initialise themselves, each from its own seed, so that shared parts are equal in every arm of a sweep.
@@ -84,11 +92,32 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
             with _seeded(config.init_seed, "newline"):
                 self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)  # as LLaVA draws it
         install(self.language_model, self.plan)
+        self.adapt(config.typed_lora())
         self.post_init()
+        # device_map: a decoder layer and the tower run on one device each; the tower's parts are called one by one.
+        self._no_split_modules = {*(self._no_split_modules or ()), VisionEncoder.__name__}
+        self._no_split_modules |= {type(layer).__name__ for layer in decoder_layers(self.language_model)}
         self.freeze_unreachable()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: each part drew its weights at construction, from its own seed."""
+
+    def adapt(self, lora: Mapping[str, LoRAConfig]) -> None:
+        """Put low-rank adapters into the named parts, for good; `merge_adapters` takes them out.
+
+        Raises:
+            ValueError: there can be no such adapters.
+        """
+        check_lora(lora)
+        tower = self.vision_tower.tower
+        hosts: dict[str, tuple[nn.Module, list[nn.Module]]] = {
+            "vision": (tower, list(tower.blocks)[: self.plan.vit_layers]),  # later ones reach no feature
+            "llm": (self.language_model, list(decoder_layers(self.language_model))),
+        }
+        for part, values in lora.items():
+            with _seeded(self.config.init_seed, f"{part} adapters"):
+                add_adapters(part, *hosts[part], values)
+        self.config.lora = {part: asdict(values) for part, values in lora.items()}
 
     def unreachable(self) -> list[str]:
         """Parameters that the plan cannot reach; they are frozen at build."""
@@ -118,6 +147,7 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
         sequence_rows: Int[Tensor, " n"] | None = None,
         group_rows: Int[Tensor, "g n"] | None = None,
         vit_rows: Int[Tensor, "h m"] | None = None,
+        encoded: tuple[Float[Tensor, "n d"], Float[Tensor, "_ n d"]] | None = None,
         labels: Int[Tensor, "b t"] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
@@ -126,20 +156,25 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
     ) -> DeepStackOutput:
         """One pass; the visual arguments come together, from a `batch.MultimodalBatch`, or not at all.
 
-        Float ``views`` are taken as normalised already; the processor's are uint8.
+        Float ``views`` are taken as normalised already; the processor's are uint8. ``encoded`` stands for all of them
+        but ``token_index``: what `encode` made of them, once for all of ``generate``.
 
         Raises:
             ValueError: some of the visual arguments are missing, or placeholders stand without an image.
         """
         traces: list[InjectionTrace] | None = [] if record else None
         visual = (views, token_index, sequence_rows, group_rows, vit_rows)
-        if all(v is None for v in visual):
-            self._refuse_placeholders(input_ids)
-            embeds = self.get_input_embeddings()(input_ids)
-        else:
+        if encoded is None and any(v is not None for v in visual):
             if views is None or token_index is None or sequence_rows is None or group_rows is None or vit_rows is None:
                 raise ValueError("views, token_index, sequence_rows, group_rows and vit_rows come together: pass all.")
-            sequence, groups = self.encode(views, vit_rows, sequence_rows, group_rows, traces)
+            encoded = self.encode(views, vit_rows, sequence_rows, group_rows, traces)
+        if encoded is None:
+            if past_key_values is None or not past_key_values.get_seq_length():
+                self._refuse_placeholders(input_ids)
+            embeds = self.get_input_embeddings()(input_ids)
+        else:
+            assert token_index is not None, "generate hands on both"
+            sequence, groups = encoded
             embeds = merge(self.get_input_embeddings(), input_ids, sequence, token_index)
             if self.plan.at(Host.llm):
                 kwargs[CARRIER] = Carrier(
@@ -162,6 +197,7 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
             logits=output.logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
+            attentions=output.attentions,
             record=traces,
         )
 
@@ -189,44 +225,13 @@ class DeepStackForConditionalGeneration(HFModel, GenerationMixin):
         return self.gates[host.value].tanh() if host.value in self.gates else None
 
     def _refuse_placeholders(self, input_ids: Int[Tensor, "b t"]) -> None:
-        if input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
+        if torch.compiler.is_compiling():  # a look at values would break the graph
+            return
+        if (input_ids == self.config.image_token_id).any():
             raise ValueError(
                 "input_ids hold image placeholders, but no views were given. Let the processor make the inputs: "
                 "processor(text, images)."
             )
-
-    # GenerationMixin types `self` as a protocol that its own subclasses do not meet; hence the ignores below.
-    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, use_cache: bool | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Images belong to the prompt: with a cache they enter once; without, the index grows by text positions."""
-        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
-        )
-        if is_first_iteration or not use_cache:
-            index = inputs.get("token_index")
-            if index is not None and index.shape[1] > inputs["input_ids"].shape[1]:
-                raise ValueError(
-                    f"generate was given a prompt of {index.shape[1]} positions in chunks of "
-                    f"{inputs['input_ids'].shape[1]}: images enter with the whole prompt. Leave prefill_chunk_size out."
-                )
-            if index is not None and index.shape[1] != input_ids.shape[1]:
-                new = index.new_full((index.shape[0], input_ids.shape[1] - index.shape[1]), -1)
-                inputs["token_index"] = torch.cat([index, new], dim=1)
-        else:
-            for name in (*VISUAL_INPUTS, "token_index"):
-                inputs.pop(name, None)
-        return inputs
-
-    def _expand_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Beams repeat the index, never the features."""
-        visual = {name: kwargs.pop(name) for name in VISUAL_INPUTS if name in kwargs}
-        ids, kwargs = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
-        )
-        return ids, {**kwargs, **visual}
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

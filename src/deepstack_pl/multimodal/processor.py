@@ -1,14 +1,14 @@
-"""Conversation and images to model inputs: the only meeting of tokenizer and pixels; training, evaluation and
-notebooks share it.
+"""Conversation and images to model inputs: the only meeting of tokenizer and pixels; training, evaluation, notebooks
+and plain transformers share it.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from deepstack_pl.batch import (
     IGNORE_INDEX,
@@ -22,8 +22,10 @@ from deepstack_pl.batch import (
     Turn,
     collate,
 )
+from deepstack_pl.language.chat_template import chat_template
 from deepstack_pl.language.config import TooLong
 from deepstack_pl.language.conversation import (
+    IMAGE,
     TEMPLATES,
     encode,
     encode_prompt,
@@ -31,6 +33,7 @@ from deepstack_pl.language.conversation import (
     load_tokenizer,
     save_tokenizer,
 )
+from deepstack_pl.multimodal.chat import Asked, Images, Message, conversations, questions, without_images
 from deepstack_pl.multimodal.configuration import DeepStackConfig
 from deepstack_pl.multimodal.expand import make_sample
 from deepstack_pl.stacking.mosaic import ImageTables, best_grid, image_tables
@@ -38,11 +41,13 @@ from deepstack_pl.stacking.plan import Plan
 from deepstack_pl.vision.config import ViewsBackend, VisionConfig
 
 
-class DeepStackProcessor:
+class DeepStackProcessor(ProcessorMixin):
     """Makes samples under one plan, for one tower and one tokenizer.
 
     ``backend`` is what resizes images; it is the machine's choice and not saved with a model.
     """
+
+    image_token = IMAGE
 
     def __init__(
         self,
@@ -57,7 +62,9 @@ class DeepStackProcessor:
     ) -> None:
         if template not in TEMPLATES:
             raise ValueError(f"llm.template={template}: no such template. There are {', '.join(sorted(TEMPLATES))}.")
+        super().__init__(tokenizer, chat_template=chat_template(TEMPLATES[template]))
         self.tokenizer = tokenizer
+        tokenizer.chat_template = self.chat_template  # its own, if it had one, is not what the model learned
         self.plan = plan
         self.vision = vision
         self.template = TEMPLATES[template]
@@ -71,12 +78,22 @@ class DeepStackProcessor:
         """Tokens of a view in the LLM: fewer than the tower's where the plan pools."""
         return (self.vision.patches_per_side // self.plan.pooling) ** 2
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """What inputs for ``generate`` hold."""
+        return [*generation_inputs(self.collate([self.blank()]))]
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "DeepStackProcessor":
-        """The processor of a run's or an exported folder: tokenizer files and config.json."""
-        config = DeepStackConfig.from_pretrained(folder)
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, folder: str | Path, **options: Any
+    ) -> "DeepStackProcessor":
+        """The processor of a run's or an exported folder: tokenizer files and config.json.
+
+        ``options`` are transformers' own, as ``revision``.
+        """
+        config = DeepStackConfig.from_pretrained(folder, **options)
         return cls(
-            load_tokenizer(str(folder)),
+            load_tokenizer(str(folder), **options),
             plan=config.typed_plan(),
             vision=config.typed_vision(),
             template=config.template,
@@ -84,9 +101,14 @@ class DeepStackProcessor:
             too_long=TooLong(config.sample_too_long),
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer; the rest stands in the model's config.json."""
+    def save_pretrained(self, folder: str | Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Write the tokenizer, with the template as its chat template; the rest stands in the model's config.json."""
         save_tokenizer(self.tokenizer, folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for people."""
+        said = {"template": self.template.name, "max_length": self.max_length, "too_long": self.too_long.value}
+        return {"processor_class": type(self).__name__, **said, "plan": self.plan.to_dict()}
 
     def prepare(self, record: Record) -> Sample:
         """A training sample: the whole conversation, answers supervised.
@@ -143,7 +165,9 @@ class DeepStackProcessor:
             ValueError: it is too long; a question is never cut, or what is answered would be another one.
         """
         turns = record.turns[:-1] if record.turns[-1].role is Role.assistant else record.turns
-        ids = encode_prompt(turns, self.template, self.tokenizer)
+        return self._uncut(record, encode_prompt(turns, self.template, self.tokenizer))
+
+    def _uncut(self, record: Record, ids: list[int]) -> Sample:
         sample = self._sample(record, ids, [IGNORE_INDEX] * len(ids), TooLong.cut)
         if sample.cut:
             raise ValueError(
@@ -163,30 +187,67 @@ class DeepStackProcessor:
             patches_per_view=self.vision.patches_per_side**2,
         )
 
-    def __call__(
-        self, text: str | Sequence[str], images: Sequence[Sequence[Image.Image]] | Sequence[Image.Image] = ()
-    ) -> dict[str, Tensor]:
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        text: str | Sequence[str],
+        images: Images | None = None,
+        *,
+        return_tensors: str = "pt",
+        padding: bool | str = True,
+    ) -> BatchFeature:
         """Inputs for ``model.generate``: one question a row, ``<image>`` where an image stands, images in that order.
 
-        ``images`` is one list for one question, a list of lists for several.
+        A text that begins as the template does is a prompt that `apply_chat_template` wrote, and is taken as it stands.
+        ``images`` is one list for one text, a list of lists for several.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        rows = [images] if isinstance(text, str) else list(images) or [()] * len(texts)
-        if any(isinstance(row, Image.Image) for row in rows):
-            raise ValueError("images: give each question a list of images, also where it holds one: [image].")
-        if len(rows) != len(texts):
-            raise ValueError(
-                f"{len(texts)} questions, but image lists for {len(rows)}. Give each question its own list."
-            )
-        samples = [
-            self.prompt(Record(key=f"question {i}", turns=(Turn(Role.user, question),), images=tuple(row)))  # type: ignore[arg-type]
-            for i, (question, row) in enumerate(zip(texts, rows, strict=True))
-        ]
-        return generation_inputs(self.collate(samples, PadSide.left))
+        _check_form(return_tensors, padding)
+        return self._inputs(questions(text, images, self.template, self.tokenizer))
 
-    def decode(self, ids: Tensor) -> list[str]:
-        """Text of generated ids, special tokens left out."""
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    def apply_chat_template(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        conversation: Sequence[Message] | Sequence[Sequence[Message]],
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str = "pt",
+        padding: bool | str = True,
+        processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """One conversation, or several, in the model's template: the string, or (``tokenize``) inputs for ``generate``.
+
+        A part of a message is ``{"type": "text", "text": ...}`` or ``{"type": "image", "image": ...}``: a PIL image, or
+        the path of a file. Each part is a line.
+
+        Raises:
+            ValueError: a conversation that the template cannot write, or one that ``generate`` cannot answer.
+        """
+        single = isinstance(conversation[0], Mapping)
+        rows: list[Any] = [conversation] if single else list(conversation)
+        if not tokenize:
+            return self.tokenizer.apply_chat_template(
+                without_images(rows[0]) if single else [without_images(row) for row in rows],
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+            )
+        _check_form(**{"return_tensors": return_tensors, "padding": padding, **(processor_kwargs or {})})
+        if continue_final_message:
+            raise ValueError("continue_final_message=True continues the string of an answer: say tokenize=False.")
+        asked = conversations(rows, self.template, self.tokenizer, to_answer=add_generation_prompt)
+        inputs = self._inputs(asked)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def decode(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, ids: Tensor, *, skip_special_tokens: bool = True
+    ) -> str | list[str]:
+        """Text of generated ids, one string a row; special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def _inputs(self, asked: Sequence[Asked]) -> BatchFeature:
+        samples = [self._uncut(record, ids) for record, ids in asked]
+        return BatchFeature(generation_inputs(self.collate(samples, PadSide.left)))
 
     def _tables(self, size: tuple[int, int]) -> ImageTables:
         """What an image of ``size`` becomes."""
@@ -223,3 +284,15 @@ class DeepStackProcessor:
 def generation_inputs(batch: MultimodalBatch) -> dict[str, Tensor]:
     """What ``generate`` takes of a left padded batch."""
     return {name: value for name, value in batch.model_inputs().items() if name not in ("labels", "position_ids")}
+
+
+def _check_form(return_tensors: str | None, padding: bool | str) -> None:
+    """Refuse what would give anything but padded tensors: rows of one batch share their slots."""
+    if return_tensors != "pt" or padding not in (True, "longest"):
+        raise ValueError(
+            f"return_tensors={return_tensors!r} padding={padding!r}: inputs are padded torch tensors. Leave both out, "
+            "or say 'pt' and True."
+        )
+
+
+AutoProcessor.register(DeepStackConfig, DeepStackProcessor, exist_ok=True)

@@ -54,13 +54,14 @@ def inject(
     scale: Float[Tensor, ""] | None,
     traces: list[InjectionTrace] | None,
 ) -> Float[Tensor, "... d"]:
-    """``hidden`` plus the features at ``rows`` (-1: nothing), in ``hidden``'s dtype, out of place.
+    """``hidden`` plus the features at ``rows`` (-1: nothing), in ``hidden``'s dtype and on its device, out of place.
 
     ``scale`` multiplies the addition where the injection is gated; ``traces``, where given, receives the record.
     """
-    added = gather(features, rows)
+    here = hidden.device  # layers may be spread over devices; to a tensor that is there already this does nothing
+    added = gather(features.to(here), rows.to(here))
     if scale is not None:
-        added = added * scale
+        added = added * scale.to(here)
     added = added.to(hidden.dtype)
     after = hidden + added
     if traces is not None:

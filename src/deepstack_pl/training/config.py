@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from deepstack_pl.multimodal.config import LoRAConfig
+
 
 @dataclass(kw_only=True, slots=True)
 class PartConfig:
@@ -9,6 +11,7 @@ class PartConfig:
 
     trained: bool = True
     lr: float = 1e-3  # peak learning rate; ignored (and said so) where the part is frozen
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # of rank 1 or more: adapters learn, the part's weights do not
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,5 +1,6 @@
 """The three verbs of training: build the model, take a step, set up the optimiser. Nothing else lives here."""
 
+import zlib
 from collections.abc import Callable
 from math import ceil
 from typing import Any
@@ -88,6 +89,7 @@ class DeepStackModule(lightning.LightningModule):
 
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         """The sum of this micro-batch's losses; the step's mean is made of it once all of them are known."""
+        torch.manual_seed(self._dropout_seed(batch_idx))
         output = self.network(**batch.model_inputs(), use_cache=False)
         if self._logs_this_step:
             self._step.add_sources(output.logits.detach(), batch)
@@ -120,6 +122,12 @@ class DeepStackModule(lightning.LightningModule):
         warm_up = ceil(self.max_steps * self.optim.warmup_ratio)
         schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _dropout_seed(self, batch_idx: int) -> int:
+        """What dropout draws is a function of seed, step and process, as samples' order is: a resume repeats it."""
+        trainer, seed = self.trainer, self.network.config.init_seed
+        micro = batch_idx % trainer.accumulate_grad_batches
+        return zlib.crc32(f"{seed}/dropout/{trainer.global_step}/{micro}/{trainer.global_rank}".encode())
 
     @property
     def _logs_this_step(self) -> bool:

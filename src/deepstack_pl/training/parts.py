@@ -7,6 +7,8 @@ from rich.table import Table
 from torch import nn
 
 from deepstack_pl.multimodal.build import PARTS, parts
+from deepstack_pl.multimodal.config import LoRAConfig, check_lora
+from deepstack_pl.multimodal.lora import is_adapter
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.training.config import PartConfig, StageConfig
 
@@ -19,6 +21,7 @@ class PartRow:
         unreachable: of the frozen ones, those that the plan cannot reach (blocks after the tapped layer, ...).
         unreachable_names: what these are: the shortest prefixes that hold nothing else.
         lr: peak learning rate; None where nothing of the part is trained.
+        adapters: how the part's adapters are, where it holds some; they are all that is trained of it.
     """
 
     part: str
@@ -28,6 +31,7 @@ class PartRow:
     unreachable: int
     unreachable_names: tuple[str, ...]
     lr: float | None
+    adapters: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +62,14 @@ class PartsTable:
             table.add_column(name, justify="left" if name == "part" else "right")
         for cells in self._cells():
             table.add_row(*cells)
-        listed = self._unreachable()
-        table.caption = f"unreachable under this plan, frozen: {listed}" if listed else None
+        table.caption = "\n".join(self._notes()) or None
         return table
 
     def markdown(self) -> str:
         """For TensorBoard and reports."""
         head = [f"| {' | '.join(_COLUMNS)} |", f"|---|{'---:|' * (len(_COLUMNS) - 1)}"]
         lines = head + [f"| {' | '.join(cells)} |" for cells in self._cells()]
-        listed = self._unreachable()
-        return "\n".join(lines + (["", f"Unreachable under this plan, frozen: {listed}"] if listed else []))
+        return "\n".join(lines + [part for note in self._notes() for part in ("", note)])
 
     def _cells(self) -> list[list[str]]:
         counts = [
@@ -79,8 +81,10 @@ class PartsTable:
         ]
         return [*counts, ["all", *(f"{n:,}" for n in totals), ""]]
 
-    def _unreachable(self) -> str:
-        return ", ".join(name for row in self.rows for name in row.unreachable_names)
+    def _notes(self) -> list[str]:
+        listed = ", ".join(name for row in self.rows for name in row.unreachable_names)
+        notes = [f"unreachable under this plan, frozen: {listed}"] if listed else []
+        return notes + [f"{row.part}: adapters, {row.adapters}" for row in self.rows if row.adapters]
 
 
 _COLUMNS = ("part", "parameters", "trained", "frozen", "of these unreachable", "peak lr")
@@ -104,16 +108,20 @@ def apply_stage(model: DeepStackForConditionalGeneration, stage: StageConfig) ->
                 f"stage.{part}.lr={config.lr}, but stage.{part}.trained=true: a trained part needs a rate above "
                 f"zero. Raise it, or set stage.{part}.trained=false."
             )
+    assert model.config.typed_lora() == adapters_of(stage), "the model was built with other adapters than the stage's"
     out_of_reach = set(model.unreachable())
     for part, named in parts(model).items():
+        adapted = part in model.config.lora
         for name, parameter in named:
-            parameter.requires_grad_(wanted[part].trained and name not in out_of_reach)
+            learns = is_adapter(name) if adapted else name not in out_of_reach
+            parameter.requires_grad_(wanted[part].trained and learns)
     return parts_table(model, stage)
 
 
 def parts_table(model: DeepStackForConditionalGeneration, stage: StageConfig) -> PartsTable:
     """The table of ``model`` as it stands now."""
     out_of_reach, wanted, rows = set(model.unreachable()), part_configs(stage), []
+    lora = model.config.typed_lora()
     for part, named in parts(model).items():
         names = [name for name, _ in named]
         trained = sum(p.numel() for _, p in named if p.requires_grad)
@@ -127,6 +135,7 @@ def parts_table(model: DeepStackForConditionalGeneration, stage: StageConfig) ->
                 unreachable=sum(p.numel() for n, p in named if n in out_of_reach),
                 unreachable_names=tuple(shortest_prefixes(names, out_of_reach)),
                 lr=wanted[part].lr if trained else None,
+                adapters=_described(lora[part]) if part in lora else None,
             )
         )
     return PartsTable(stage.name, tuple(rows))
@@ -135,6 +144,24 @@ def parts_table(model: DeepStackForConditionalGeneration, stage: StageConfig) ->
 def part_configs(stage: StageConfig) -> dict[str, PartConfig]:
     """The stage's values by the part's name."""
     return {"vision": stage.vision, "projector": stage.projector, "llm": stage.llm}
+
+
+def adapters_of(stage: StageConfig) -> dict[str, LoRAConfig]:
+    """The adapters that ``stage`` wants, by the part's name.
+
+    Raises:
+        ValueError: there can be none such, or they would not be trained.
+    """
+    wanted = {part: config for part, config in part_configs(stage).items() if config.lora.rank != 0}
+    for part, config in wanted.items():
+        if not config.trained:
+            raise ValueError(
+                f"stage.{part}.lora.rank={config.lora.rank}, but stage.{part}.trained=false: adapters that do not "
+                f"learn add nothing. Say stage.{part}.trained=true, or stage.{part}.lora.rank=0."
+            )
+    lora = {part: config.lora for part, config in wanted.items()}
+    check_lora(lora)
+    return lora
 
 
 def optimizer_groups(
@@ -170,6 +197,11 @@ def shortest_prefixes(names: list[str], chosen: set[str]) -> list[str]:
 def _decays(parameter: nn.Parameter) -> bool:
     """Biases, norms, class embeddings and gates have fewer than two dimensions."""
     return parameter.ndim >= 2
+
+
+def _described(lora: LoRAConfig) -> str:
+    where = ", ".join(lora.targets) or "every linear layer of the blocks"
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}: {where}"
 
 
 def _rate(row: PartRow) -> str:

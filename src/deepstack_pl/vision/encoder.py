@@ -16,7 +16,7 @@ from deepstack_pl.stacking.config import Encoding, Host
 from deepstack_pl.stacking.injection import InjectionTrace, inject
 from deepstack_pl.stacking.plan import Plan
 from deepstack_pl.vision.config import VisionConfig
-from deepstack_pl.vision.towers import OpenClipTower
+from deepstack_pl.vision.towers import build_tower
 from deepstack_pl.vision.views import normalise
 
 
@@ -30,7 +30,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig, plan: Plan) -> None:
         super().__init__()
         assert plan.vit_layers == config.tap
-        self.tower = OpenClipTower(config)
+        self.tower = build_tower(config)
         self.plan = plan
 
     def forward(
@@ -55,7 +55,8 @@ class VisionEncoder(nn.Module):
         if self.plan.encoding is Encoding.one_pass:
             return [self._one_pass(pixels, images)]
         hidden = self.tower.embed(pixels)
-        sources, tapped = hidden, dict[int, Tensor]()
+        sources = hidden
+        tapped: dict[int, Tensor] = {}  # dict[int, Tensor]() would break torch.compile's graph
         for layer in range(self.plan.vit_layers + 1):
             if injections and layer == min(injections):
                 sources = hidden[:, prefix:].flatten(0, 1)
