@@ -95,8 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if send:
             body = data[start:] if self.held.breaks is None else data[start : start + self.held.breaks]
+            self.held.sent += len(body)  # before anybody can have read them
             self.wfile.write(body)
-            self.held.sent += len(body)
             self.close_connection = True
 
     def _json(self, values: object) -> None:

@@ -65,7 +65,9 @@ def test_messages_are_the_turns_they_stand_for(processor: DeepStackProcessor, tm
     expected = processor("<image>\nName the colours.", [SMALL])
     path = str(tmp_path / "a.png")
     for source in ({"image": SMALL}, {"image": path}, {"path": path}, {"url": path}):
-        messages = [{"role": "user", "content": [{"type": "image", **source}, asks("Name the colours.")[0]["content"][0]]}]
+        messages = [
+            {"role": "user", "content": [{"type": "image", **source}, asks("Name the colours.")[0]["content"][0]]}
+        ]
         inputs = processor.apply_chat_template(messages, **TO_ANSWER)
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
     asked = processor.apply_chat_template([{"role": "user", "content": "Hi."}], **TO_ANSWER)
@@ -87,7 +89,13 @@ def test_the_saved_chat_template_writes_what_the_template_does(name: str, tmp_pa
     assert "{%- generation -%}" in (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8")
     bos = tokenizer.bos_token if template.bos else ""
     for texts in (
-        ["<image>\nWhat \"is\"\n{{ this }}?  ", " red", "And\t<image> that? ", " \nteal 'é' \n", "<image><image>Last\\n?"],
+        [
+            '<image>\nWhat "is"\n{{ this }}?  ',
+            " red",
+            "And\t<image> that? ",
+            " \nteal 'é' \n",
+            "<image><image>Last\\n?",
+        ],
         ["<image>"],
         [" look <image> here "],
     ):
@@ -151,7 +159,9 @@ def test_an_answered_conversation_is_written_whole(processor: DeepStackProcessor
         processor.apply_chat_template(CHATS[0], tokenize=True)
 
 
-@pytest.mark.parametrize("image", ["https://example.org/a.png", "http://[::1]/a", "file:///a.png", "data:image/png;base64,AAAA", 7])
+@pytest.mark.parametrize(
+    "image", ["https://example.org/a.png", "http://[::1]/a", "file:///a.png", "data:image/png;base64,AAAA", 7]
+)
 def test_nothing_is_fetched_for_a_prompt(image: str, processor: DeepStackProcessor, monkeypatch) -> None:
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("was opened"))
     with pytest.raises(ValueError, match="nothing is fetched"):

@@ -14,24 +14,12 @@ from transformers import AutoModelForImageTextToText
 from deepstack_pl.batch import PadSide
 from deepstack_pl.language.host import assert_installed
 
-OFFLOADED = {
-    "vision_tower": "cpu",
-    "projector": "disk",
-    "own_projectors": "cpu",
-    "gates": "cpu",
-    "language_model.model.embed_tokens": "cpu",
-    **{f"language_model.model.layers.{n}": "disk" if n % 2 else "cpu" for n in range(6)},
-    "language_model.model.norm": "cpu",
-    "language_model.model.rotary_emb": "cpu",
-    "language_model.lm_head": "disk",
-}
 
-
-@pytest.mark.parametrize("spread", ["cpu", {"": "cpu"}, "auto", OFFLOADED], ids=["cpu", "root", "auto", "offloaded"])
+@pytest.mark.parametrize("spread", ["cpu", {"": "cpu"}, "auto"], ids=str)
 def test_a_device_map_changes_nothing(spread: Any, tmp_path: Path) -> None:
     model = tiny_model(PLANS["deepstack_lv"])
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, device_map=spread, offload_folder=tmp_path / "off")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, device_map=spread)
     assert_installed(loaded.language_model)
     batch = batch_of(model, MIXED[:2], PadSide.left)
     assert torch.equal(loaded(**batch.model_inputs()).logits, model(**batch.model_inputs()).logits)
@@ -57,10 +45,10 @@ def test_loaded_in_bfloat16_it_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_forward_compiles_without_a_break_and_no_more_than_twice() -> None:
+def test_the_forward_compiles_without_a_break_and_no_more_than_twice_and_offloading_changes_nothing() -> None:
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": str(here.parents[1] / "src")}
-    done = subprocess.run([sys.executable, str(here / "compiled.py")], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(here / "untyped.py")], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -87,7 +75,9 @@ def test_hidden_states_are_the_stream_before_each_layers_injection() -> None:
     assert first.injection.layer == 1
     entered: list[torch.Tensor] = []
     layer = model.language_model.get_decoder().layers[1]
-    handle = layer.self_attn.register_forward_pre_hook(lambda m, a, k: entered.append(k["hidden_states"]), with_kwargs=True)
+    handle = layer.self_attn.register_forward_pre_hook(
+        lambda m, a, k: entered.append(k["hidden_states"]), with_kwargs=True
+    )
     model(**inputs)
     handle.remove()
     expected = layer.input_layernorm(output.hidden_states[1] + first.added)

@@ -111,13 +111,13 @@ def test_e18_a_group_at_the_selected_feature_passes_no_further_block() -> None:
     without[3] = -1
     with torch.no_grad():
         tower = model.vision_tower
-        difference = tower(batch.views, batch.vit_rows) - tower(batch.views, without)
+        difference = tower(batch.views, batch.vit_rows)[0] - tower(batch.views, without)[0]
         embedded = tower.tower.embed(normalise(batch.views, tower.tower.config))[:, 1:].flatten(
             0, 1
         )  # groups are dealt before block 0
         torch.testing.assert_close(difference[0], embedded[batch.vit_rows[3]], atol=1e-5, rtol=1e-5)
         seen = tower_slowly(model, views_slowly(model, ONE[1][0]))
-        torch.testing.assert_close(tower(batch.views, batch.vit_rows)[0], seen.whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tower(batch.views, batch.vit_rows)[0][0], seen.whole, atol=1e-5, rtol=1e-5)
 
 
 def test_dummy_groups_and_only_global_features_are_the_global_view_and_nothing_of_the_tiles() -> None:

@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a rotary base in words": ({"rope_theta": "1e4"}, "rope_theta='1e4': the rotary base"),
     "a scaling that is none": ({"rope_scaling": [2.0]}, r"rope_scaling=\[2.0\] is no object"),
     "a list of dealings": ({"deepstack_sampling": ["2d"]}, r"deepstack_sampling=\['2d'\]: published are"),
-    "a list of projectors": ({"mm_projector_type": ["linear"]}, r"mm_projector_type=\['linear'\]: published projectors"),
+    "a list of projectors": ({"mm_projector_type": ["linear"]}, r"mm_projector_type=\['linear'\]: published"),
     "a list of models": ({"model_type": ["deepstack_llama"]}, r"model_type=\['deepstack_llama'\]: published"),
     "no heads": ({"num_attention_heads": 0}, "transformers refuses its values for a llama"),
     "the tower without a start": (words("2xsample", "deepstack_vit"), "needs one start, and has none"),

@@ -1,5 +1,6 @@
 """What stands in conf/vision: architectures, counted without memory, and held against the libraries' own registries."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import yaml
 from deepstack_pl.vision.config import VisionConfig, VisionInit, VisionLibrary
 from deepstack_pl.vision.towers import build_tower
 
-CONF = Path(__file__).resolve().parents[2] / "conf" / "vision"
+ROOT = Path(__file__).resolve().parents[2]
+CONF, DOCS = ROOT / "conf" / "vision", (ROOT / "docs" / "towers.md").read_text(encoding="utf-8")
 # Tokens of a view, prefix tokens, parameters.
 COUNTS = {
     "clip_l_336": (576, 1, 303_507_456),
@@ -47,6 +49,17 @@ def test_an_option_has_so_many_tokens_and_parameters(name: str) -> None:
 
 def test_every_option_is_counted() -> None:
     assert {file.stem for file in CONF.glob("*.yaml")} == COUNTS.keys()
+
+
+def test_the_table_of_the_docs_is_what_was_counted() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \| (\d+) \| (\d+) \| (\d+) \| ([\d,]+) \|", DOCS, re.M)
+    assert {row[0] for row in rows} == COUNTS.keys()
+    for name, library, weights, pixels, tokens, prefix, parameters in rows:
+        config = written(name)
+        assert (int(tokens), int(prefix), int(parameters.replace(",", ""))) == COUNTS[name]
+        assert (library, int(pixels)) == (config.library.name, config.image_size)
+        named = [config.checkpoint, config.open_clip_model, config.open_clip_weights]
+        assert weights == (", ".join(filter(None, named)) or "none: drawn")
 
 
 @pytest.mark.parametrize("name", ["siglip_so400m_384", "siglip2_so400m_384", "timm_vit_b_16"])

@@ -98,7 +98,7 @@ def look_up(entry: Entry, to: str | None) -> Job:
             needed = sum(file.file_size or 0 for file in listed if file.will_download)
             if entry.unpack:  # pictures are as large in their archive as beside it
                 needed += sum(file.file_size or 0 for file in listed if file.filename == entry.unpack[0])
-            return Job(entry, tuple(file.filename for file in listed), needed)
+            return Job(entry, tuple(sorted(file.filename for file in listed)), needed)
     wanted = ", ".join((*entry.weights, *entry.otherwise))
     raise ValueError(f"{entry.name}: {_page(entry)} has no {wanted}. See what it has, and fetch it by `hf download`.")
 

@@ -105,6 +105,7 @@ def _sequence(
         case Sequence.channels:
             groups = _deal(own[Source.tiles], grid, plan.dealing)
             groups += [torch.zeros_like(small)] * (plan.most_tiles - len(groups))
+            assert model.projector is not None
             return model.projector(torch.cat([small, *groups], dim=-1))
         case Sequence.global_view:
             return small

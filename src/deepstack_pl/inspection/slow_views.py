@@ -21,7 +21,7 @@ from deepstack_pl.stacking.config import Dealt, Encoding, Host, Resize, Source
 from deepstack_pl.stacking.plan import Plan
 from deepstack_pl.vision.config import ViewsBackend, VisionConfig
 from deepstack_pl.vision.resize import resizer
-from deepstack_pl.vision.towers import OpenClipTower
+from deepstack_pl.vision.towers_face import Tower
 
 
 def cut_by_hand(
@@ -98,14 +98,13 @@ def _in_one_pass(
     model: DeepStackForConditionalGeneration, whole: Float[Tensor, "3 y x"], blocks: int
 ) -> Float[Tensor, "tiles p2 d"]:
     """The tokens of one enlarged image, tile by tile."""
-    visual, side = model.vision_tower.tower.visual, model.vision_tower.tower.config.patches_per_side
-    patches = visual.conv1(whole[None])[0]
-    down, across = patches.shape[1:]
-    own = visual.positional_embedding[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None].float()
+    tower, side = model.vision_tower.tower, model.vision_tower.tower.config.patches_per_side
+    patches = tower.patches(whole[None])[0]
+    down, across = patches.shape[:2]
+    own = tower.positions().unflatten(0, (side, side)).permute(2, 0, 1)[None].float()
     larger = F.interpolate(own, (down, across), mode="bicubic", align_corners=False)[0].flatten(1).T.to(patches.dtype)
-    positions = torch.cat([visual.positional_embedding[:1], larger])
-    tokens = torch.cat([visual.class_embedding[None], patches.flatten(1).T]) + positions
-    seen = _through(model.vision_tower.tower, visual.ln_pre(tokens[None]), blocks)[0, 1:].unflatten(0, (down, across))
+    hidden = tower.finish((patches.flatten(0, 1) + larger)[None])
+    seen = _through(tower, hidden, blocks)[0, tower.prefix :].unflatten(0, (down, across))
     places = [(y, x) for y in range(0, down, side) for x in range(0, across, side)]
     return torch.stack([seen[y : y + side, x : x + side].flatten(0, 1) for y, x in places])
 
@@ -170,7 +169,7 @@ def _alike(corners: list[Float[Tensor, "k q2 d"]], project: nn.Module) -> Float[
     return torch.stack([project(corner) for corner in corners]).mean(0)
 
 
-def _through(tower: OpenClipTower, hidden: Tensor, blocks: int) -> Tensor:
+def _through(tower: Tower, hidden: Tensor, blocks: int) -> Tensor:
     for layer in range(blocks):
         hidden = tower.run(layer, hidden)
     return hidden

@@ -45,8 +45,8 @@ class DeepStackGenerationMixin(GenerationMixin):
         size = self.get_input_embeddings().num_embeddings  # pyright: ignore[reportAttributeAccessIssue]
         if self.config.image_token_id >= size:  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(
-                "prompt_lookup_num_tokens: transformers looks each guess up in the vocabulary, and the placeholder of an "
-                f"image is beyond its {size} tokens. Leave it out for prompts with images."
+                f"prompt_lookup_num_tokens: transformers looks each guess up in a vocabulary of {size} tokens, and the "
+                "placeholder of an image is beyond it. Leave it out for prompts with images."
             )
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -53,8 +53,7 @@ def text_and_groups(
         return _project(project, of, images, square, kind).flatten(0, 1)
 
     groups = plan.groups(Host.llm)
-    alike = tokens is not None and all(own_name(g) not in own and g[0] is not Source.spatial for g in groups)
-    if alike:
+    if tokens is not None and all(own_name(g) not in own and g[0] is not Source.spatial for g in groups):
         return fill(tokens, newline, in_text), fill(tokens, newline, in_groups)
     dealt = torch.stack([fill(group(g), newline, r) for g, r in zip(groups, in_groups, strict=True)])
     return torch.zeros_like(dealt[0]) if tokens is None else fill(tokens, newline, in_text), dealt

@@ -56,7 +56,7 @@ def _linear_layers(host: nn.Module, blocks: Sequence[nn.Module]) -> list[str]:
     """
     inside = {id(module) for block in blocks for module in block.modules()}
     idle = {id(child) for m in host.modules() if isinstance(m, nn.MultiheadAttention) for child in m.children()}
-    return [n for n, m in host.named_modules() if isinstance(m, nn.Linear) and id(m) in inside]
+    return [n for n, m in host.named_modules() if isinstance(m, nn.Linear) and id(m) in inside - idle]
 
 
 def _chosen(part: str, layers: list[str], targets: list[str]) -> list[str]:

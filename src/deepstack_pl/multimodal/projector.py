@@ -58,8 +58,8 @@ class PixelShuffle(nn.Sequential):
         super().__init__(joined, nn.GELU(), nn.Linear(language_width, language_width))
         self.square = square
 
-    def forward(self, tokens: Float[Tensor, "k n v"]) -> Float[Tensor, "k q d"]:
-        return super().forward(join(tokens, self.square))
+    def forward(self, input: Float[Tensor, "k n v"]) -> Float[Tensor, "k q d"]:  # a Sequential's own word for it
+        return super().forward(join(input, self.square))
 
 
 def join(tokens: Float[Tensor, "k n v"], square: int) -> Float[Tensor, "k q joined"]:

@@ -111,7 +111,8 @@ def read_qwen3_vl(
     Raises:
         ValueError: values without a counterpart here.
     """
-    text, vision = theirs.text_config, theirs.vision_config
+    text: Any = theirs.text_config
+    vision: Any = theirs.vision_config
     rope = dict(text.rope_parameters)
     if rope.get("rope_type", "default") != "default":
         raise ValueError(
@@ -155,7 +156,7 @@ def read_qwen3_vl(
         start_layer=1,  # "after layer 0" is before layer 1
         groups=len(taps),
     )
-    values = {key: text.to_dict().get(key) for key in _TEXT}
+    values: dict[str, Any] = {key: text.to_dict().get(key) for key in _TEXT}
     host = Qwen3Config(
         **values,
         tie_word_embeddings=theirs.tie_word_embeddings,

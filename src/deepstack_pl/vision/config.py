@@ -88,7 +88,7 @@ class VisionConfig:
                 "vit_base_patch16_224."
             )
         named: dict[str, Any] = {"open_clip_model": self.open_clip_model, "open_clip_weights": self.open_clip_weights}
-        unread = {"checkpoint": self.checkpoint} if library is VisionLibrary.open_clip else named
+        unread: dict[str, Any] = {"checkpoint": self.checkpoint} if library is VisionLibrary.open_clip else named
         if library is VisionLibrary.open_clip and not family:
             unread["architecture"] = self.architecture or None
         for key, value in unread.items():

@@ -40,7 +40,7 @@ def views_of(
         for columns, rows in [(1, 1)] + ([grid] if grid is not None else []):
             fine = (columns * plan.detail, rows * plan.detail)
             views += _by_cell(_cut(stretch, fine, size), fine[0], plan.detail)
-    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2), grid
+    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous(), grid  # one layout in every batch
 
 
 def normalise(

@@ -18,7 +18,7 @@ from deepstack_pl.multimodal.published.tower import known_tower, read_tower
 from deepstack_pl.multimodal.published.words import PLAN_KEYS, published_plan, vit_start
 from deepstack_pl.stacking.config import Host
 from deepstack_pl.stacking.plan import Plan
-from deepstack_pl.vision.config import VisionConfig
+from deepstack_pl.vision.config import VisionConfig, VisionLibrary
 
 POST_ENCODER = 5  # layers that the published code appends to a tower whose stack begins at its end (method B.5)
 NEVER_CUT = 2**31 - 1  # positions: the published code cuts nothing where tokenizer_model_max_length is not said
@@ -129,6 +129,11 @@ def write_config(config: DeepStackConfig) -> dict[str, Any]:
         raise ValueError(
             f"projector.kind={config.projector}, projector.sharing={config.projector_sharing}: projectors there are "
             f"{' and '.join(_PROJECTORS)}, one for all. Keep this model in this project's format."
+        )
+    if vision.library is not VisionLibrary.open_clip or vision.family or vision.gelu_tanh:
+        raise ValueError(
+            f"vision={vision.name}: towers there are CLIP's with GELU or quick GELU, and written from open_clip's own "
+            "transformer alone. Keep this model in this project's format."
         )
     fresh = {
         "host": write_host(config.text_config),
