@@ -1,6 +1,6 @@
 # Everything a newcomer types. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow check bench clean
+.PHONY: help install train test test-slow test-oldest check bench clean
 
 # The first interpreter that really runs (a version manager's shim may exist and fail), is 3.11 or 3.12, and can make a
 # virtual environment. Name another with `make PYTHON=...`.
@@ -38,6 +38,21 @@ test: install  ## the test suite, offline
 
 test-slow: install  ## the tests that train
 	$(PYTEST) -m slow --durations=10
+
+# The oldest transformers that pyproject.toml allows, with the huggingface_hub it was released with, beside the rest of .venv.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OLD := build/oldest/$(OLDEST)
+
+test-oldest: install $(OLD)/.installed  ## a folder loaded and questioned with the oldest transformers that is supported
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(OLD):src $(BIN)/python tests/multimodal/oldest.py $(OLDEST)
+
+$(OLD)/.installed:
+	@rm -rf $(OLD)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLD) --no-deps transformers==$(OLDEST) && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLD) "huggingface_hub<2" || { \
+		echo "make test-oldest: transformers $(OLDEST) could not be installed. It needs the package index, or pip's cache." >&2; \
+		exit 1; }
+	@touch $@
 
 check: install  ## lint, format, types, import floors
 	$(BIN)/ruff check

@@ -247,6 +247,21 @@ class TestMultipliers:
             torch.testing.assert_close(seen[0][0, 1:17], projected[0][0] * self.TIMES[name][1])
 
 
+@pytest.mark.parametrize("name", ["phi3", "gemma3_1b"])
+def test_rotary_frequencies_stay_in_float32_where_a_model_is_cast(name: str, tmp_path: Path) -> None:
+    """In bfloat16 a late position's angle would be off by radians; a folder loaded in bfloat16 keeps them, too."""
+    model = host(name)
+    model.save_pretrained(tmp_path)
+    loaded = DeepStackForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    cast = nn.ModuleList([model]).bfloat16()[0]  # as a trainer casts: from above
+    frequencies = {n: b for n, b in cast.named_buffers() if n.endswith("inv_freq")}
+    assert frequencies
+    for n, buffer in frequencies.items():
+        assert buffer.dtype is torch.float32, n
+        assert torch.equal(buffer, loaded.get_buffer(n)), n
+    assert {p.dtype for p in cast.parameters()} == {torch.bfloat16}
+
+
 def test_a_family_without_an_option_needs_no_code() -> None:
     granite: LLMConfig = twin("granite")
     assert (granite.family, granite.checkpoint) == ("granite", None)

@@ -5,7 +5,7 @@ entering the LLM, ``h`` groups entering the tower, ``m`` patches of all global v
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -101,6 +101,20 @@ class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: each part drew its weights at construction, from its own seed."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "DeepStackForConditionalGeneration":
+        """As every module's, but that rotary frequencies stay in float32, as loading leaves them: in bfloat16 the angle
+        of position 2,000 would be off by a radian.
+        """
+        kept = {name: buffer for name, buffer in self.named_buffers() if name.endswith("inv_freq")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            owner, _, own = name.rpartition(".")
+            module = self.get_submodule(owner)
+            after = module.get_buffer(own)
+            if after.dtype is not before.dtype:
+                setattr(module, own, before.to(after.device))
+        return self
 
     def adapt(self, lora: Mapping[str, LoRAConfig]) -> None:
         """Put low-rank adapters into the named parts, for good; `merge_adapters` takes them out.
