@@ -153,8 +153,9 @@ TIMM = {"library": VisionLibrary.timm, "quick_gelu": False, "layer_norm_eps": 1e
     [
         ({"family": "vit_base_patch99"}, r"has no such model"),
         ({"family": "resnet18"}, r"cannot be built with conf's values"),
-        ({"family": "deit_base_distilled_patch16_224"}, r"Take a model that is timm's VisionTransformer"),
-        ({"family": "eva02_tiny_patch14_224"}, r"Take a model that is timm's VisionTransformer"),
+        ({"family": "deit_base_distilled_patch16_224"}, r"is a VisionTransformerDistilled .* cannot be run one by one"),
+        ({"family": "vit_relpos_base_patch16_224"}, r"is a VisionTransformerRelPos .* cannot be run one by one"),
+        ({"family": "eva02_tiny_patch14_224"}, r"is a Eva of timm\.models\.eva"),
         ({"architecture": {"depth": 2}}, r"architecture\.depth has a field of vision's own"),
         ({"architecture": {"reg_tokenz": 2}}, r"cannot be built with conf's values .*reg_tokenz"),
         ({"architecture": {"patch_drop_rate": 0.1}}, r"dropout of patches"),

@@ -29,9 +29,10 @@ class Qwen3VLTower(Tower):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         model = build_huggingface(config)
+        rope = model.config.to_dict().get("rope_parameters") or {}  # older transformers write the base into the code
         fixed = {
             "layer_norm_eps": (config.layer_norm_eps, model.blocks[0].norm1.eps),
-            "rope_theta": (_THETA, model.config.rope_parameters["rope_theta"]),
+            "rope_theta": (_THETA, rope.get("rope_theta", _THETA)),
             "temporal_patch_size": (2, model.config.temporal_patch_size),
         }
         refuse_other_values(config, "the tower of Qwen3-VL", fixed)

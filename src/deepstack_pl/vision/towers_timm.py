@@ -74,9 +74,7 @@ def _build(config: VisionConfig) -> Any:
             f"vision.architecture.{taken[0]} has a field of vision's own. Take it out of vision.architecture."
         )
     try:
-        # Without pooling, final norm and classifier: no feature depends on them.
-        unneeded = {"num_classes": 0, "global_pool": "", "final_norm": False}
-        model = timm.create_model(config.family, pretrained=False, **unneeded, **fields, **config.architecture)
+        model = timm.create_model(config.family, pretrained=False, num_classes=0, **fields, **config.architecture)
     except (TypeError, AssertionError) as error:
         raise ValueError(
             f"vision.family={config.family} cannot be built with conf's values ({error}). Take a model that is timm's "
