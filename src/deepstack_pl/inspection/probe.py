@@ -76,7 +76,7 @@ def oblong_pictures(plan: Plan, vision: VisionConfig) -> Pictures | None:
         return None
     rows = max(2, plan.tiles - 1)
     width, height = vision.image_size - vision.patch_size // 2, rows * vision.image_size
-    shape = (height // vision.patch_size, vision.patches_per_side, 3)
+    shape = (rows * vision.patches_per_side, vision.patches_per_side, 3)
     page = Image.fromarray(np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8))
     return Pictures([page.resize((width, height), Image.Resampling.BICUBIC)], (1, rows))
 
@@ -86,7 +86,8 @@ def probe_images(plan: Plan, vision: VisionConfig) -> list[Image.Image]:
     tokens are alike.
     """
     width, height = (pixels * plan.detail for pixels in full_grid_size(plan, vision))
-    shape = (IMAGES, height // vision.patch_size, width // vision.patch_size, 3)
+    side = vision.patches_per_side  # not pixels / patch_size: a view may end in pixels that no patch sees
+    shape = (IMAGES, height // vision.image_size * side, width // vision.image_size * side, 3)
     pages = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     return [Image.fromarray(page).resize((width, height), Image.Resampling.BICUBIC) for page in pages]
 

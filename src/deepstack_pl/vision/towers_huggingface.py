@@ -185,8 +185,8 @@ def _parts(model: Any) -> Parts:
         )
     if "attention.q_proj.weight" not in model.encoder.layer[0].state_dict():
         raise ValueError(
-            f"transformers {transformers.__version__} names the parts of DINOv2's blocks otherwise than later releases, "
-            "where what is saved with it would not load. Upgrade: pip install -U transformers."
+            f"transformers {transformers.__version__} names the parts of DINOv2's blocks otherwise than later ones, "
+            "and what is saved with it would not load there. Upgrade: pip install -U transformers."
         )
     registers = [embeddings.register_tokens] if isinstance(model, Dinov2WithRegistersModel) else []
     return Parts(
