@@ -171,9 +171,7 @@ ARMS |= {
         before={"operator": Operator.add},
     ),
     "granite": Arm(GRANITE, before={"taps": [1, -1]}),
-    "granite_shuffled": Arm(
-        GRANITE, Sharing.per_injection, before={"taps": [-1, 2]}, kind=ProjectorKind.pixel_shuffle
-    ),
+    "granite_shuffled": Arm(GRANITE, Sharing.per_injection, before={"taps": [-1, 2]}, kind=ProjectorKind.pixel_shuffle),
     "spatial_string": Arm(replace(STRING, pooling=2, source=Source.spatial, groups=4), before={"groups": 3}),
     "per_injection": Arm(replace(L, injections=[_whole(5)]), Sharing.per_injection, before={"injections": []}),
     "pixel_shuffle": Arm(replace(L, pooling=2), kind=ProjectorKind.pixel_shuffle, before={"start_layer": 2}),

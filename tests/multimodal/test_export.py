@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from llms import twin
 from safetensors.torch import load_file, save_file
 from small_run import STACKED, TOKENIZER, Pages, small_model, small_processor
 from torch import nn
@@ -163,7 +165,7 @@ def test_one_weight_that_changed_on_the_way_is_found(tmp_path, monkeypatch):
             save_file(state, Path(folder) / "model.safetensors", {"format": "pt"})
 
     monkeypatch.setattr(DeepStackForConditionalGeneration, "save_pretrained", tamper)
-    refused(tmp_path, r"is not the run's model: its logits are not those .* that was written")
+    refused(tmp_path, r"is not the run's model: 1 tensors on disk are not those that were written")
 
 
 def test_a_model_too_far_from_the_run_is_found(tmp_path, monkeypatch):
@@ -176,7 +178,7 @@ def test_a_model_too_far_from_the_run_is_found(tmp_path, monkeypatch):
 
     monkeypatch.setattr(exporting, "merge_adapters", spoil)
     source = a_run(tmp_path / "run", lora=LORA)
-    with pytest.raises(ValueError, match=r"away from the run's, and 1e-04 is allowed"):
+    with pytest.raises(ValueError, match=r"merged = unmerged, in float32 does not hold.* and 1e-04 is allowed"):
         write(source, tmp_path / "exported", merge=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -194,7 +196,21 @@ def test_a_cache_that_forgets_is_found(tmp_path, monkeypatch):
 
 def test_injections_that_change_nothing_are_found(tmp_path):
     plan = ModelConfig(name="gated", operator=Operator.gated_add, start_layer=1)
-    refused(tmp_path, r"plan gated injects into the llm changes no logit\. Its gates are closed", plan)
+    says = r"plan gated injects into the llm changes no logit, for its gates are closed: train it until they open\. "
+    refused(tmp_path, says, plan)
+
+
+def test_a_folder_inside_the_run_is_refused(tmp_path):
+    source = a_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"lies in .*run, which is only read"):
+        write(source, source / "exported")
+
+
+def test_a_run_in_bfloat16_is_written_in_float32_though_its_family_rounds_a_buffer(tmp_path):
+    """Gemma scales embeddings by a buffer that loading rounds with the weights, and makes anew in float32."""
+    small_model(STACKED, replace(twin("gemma3_1b"), template="shipped")).bfloat16().save_pretrained(tmp_path / "run")
+    small_processor().save_pretrained(tmp_path / "run")
+    assert write(tmp_path / "run", tmp_path / "exported", dtype=torch.float32)["logits = the run's"] == "bit by bit"
 
 
 def test_a_folder_that_is_there_already_is_left_alone(tmp_path):

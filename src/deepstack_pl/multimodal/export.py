@@ -12,7 +12,7 @@ from deepstack_pl.multimodal.configuration import DeepStackConfig
 from deepstack_pl.multimodal.lora import merge_adapters
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
-from deepstack_pl.multimodal.proof import Probe, Proof, prove
+from deepstack_pl.multimodal.proof import Probe, Proof, prove, same, stored_whole
 from deepstack_pl.multimodal.published.files import CONFIG, read_json, whole_or_nothing
 from deepstack_pl.multimodal.tensor_files import TensorFiles
 
@@ -43,23 +43,30 @@ def export(
         ValueError: there is no model of ours, or what was written is not it; nothing is left at ``destination`` then.
     """
     require_model(source, merge)
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{destination} lies in {source}, which is only read. Name a folder beside it.")
     with whole_or_nothing(destination) as folder:
         model = DeepStackForConditionalGeneration.from_pretrained(source).eval()
         processor = DeepStackProcessor.from_pretrained(source)
         probe, stored = Probe.of(processor), model.dtype
+        kept, proofs = dtype or stored, list[Proof]()
+        if merge or kept is not stored:  # what is written is measured against the run's own weights in float32
+            del model
+            model = DeepStackForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
         run = probe.logits(model)
         if merge:
-            merge_adapters(model.float())  # in float32: what adapters add is small
+            merge_adapters(model)
             model.config.lora = {}
-        for parameter in model.parameters():  # not the buffers: a rotary base stays in float32, as loading leaves it
-            parameter.data = parameter.data.to(dtype or stored)
-        written = probe.logits(model)
+            proofs.append(same("merged = unmerged, in float32", probe.logits(model), run, _MERGED))
+        for parameter in model.parameters():  # not the buffers: loading makes them anew
+            parameter.data = parameter.data.to(kept)
         model.generation_config = _settings(model, processor)
         model.save_pretrained(folder, max_shard_size="5GB")
         DeepStackProcessor.from_pretrained(source).save_pretrained(folder)  # the probe's own takes any length
-        config, kept = model.config, model.dtype
+        proofs.append(stored_whole(folder, model))
+        config = model.config
         del model  # the next one needs the room
-        proofs = prove(folder, probe, run, written, _tolerance(merge, stored, kept))
+        proofs += prove(folder, probe, run, _tolerance(merge, stored, kept))
         (folder / CARD).write_text(card(config, origin, proofs), encoding="utf-8")
         tensors = len(TensorFiles(folder))
     report(
@@ -94,6 +101,6 @@ def _settings(model: DeepStackForConditionalGeneration, processor: DeepStackProc
 
 
 def _tolerance(merge: bool, stored: torch.dtype, kept: torch.dtype) -> float:
-    if kept is not stored or (merge and kept is not torch.float32):
+    if kept is not torch.float32 and (merge or kept is not stored):
         return _CAST
     return _MERGED if merge else 0.0
