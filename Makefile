@@ -37,7 +37,7 @@ test: install  ## the test suite, offline
 	$(PYTEST) -m "not slow" -n 2 --dist loadfile --durations=10
 
 test-slow: install  ## the tests that train
-	$(PYTEST) -m slow --durations=10
+	$(PYTEST) -m slow -n 2 --dist loadfile --durations=10
 
 # The oldest transformers that pyproject.toml allows, with the huggingface_hub it was released with, beside the rest of .venv.
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)

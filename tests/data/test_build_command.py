@@ -105,7 +105,7 @@ def test_a_build_that_is_interrupted_or_killed_ends_at_once_and_goes_on(tmp_path
         image = replica.records[row].get("image")
         if image is not None:
             (replica.images / image).write_bytes(heavy)
-    records = [{**record, "id": str(i)} for i in range(8) for record in replica.records]
+    records = [{**record, "id": str(i)} for i in range(20) for record in replica.records]
     replica.json.write_text(json.dumps(records))
     out = tmp_path / "out"
     words = [f"data.root={tmp_path}", f"out={out}", "shard_mb=1", "processes=2", "data.val_samples=8"]

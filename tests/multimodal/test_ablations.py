@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ablations import ARMS, L, assert_close_for_its_size, batch_for, collated, model_of, samples_of
+from ablations import ARMS, Arm, L, assert_close_for_its_size, batch_for, collated, model_of, samples_of
 from oracle import forward_slowly
 from tiny import MIXED, picture, prompts
 from torch import Tensor
@@ -15,6 +15,7 @@ from deepstack_pl.batch import PadSide
 from deepstack_pl.language.config import TooLong
 from deepstack_pl.multimodal.config import Sharing
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.stacking.config import InjectionConfig, ModelConfig, Sequence, Source
 
 SHAPES = [*MIXED, ([1, 63, 5, 2], [picture(5, 50, 40)])]  # one that a letterbox leaves black above and below
 LONG_ROWS = [  # text alone, one image, two images that may be cut both
@@ -203,3 +204,22 @@ def test_pooling_that_leaves_a_remainder_is_refused_with_both_numbers() -> None:
 def test_only_plans_with_newlines_own_one() -> None:
     assert model_of(ARMS["hd"]).image_newline is not None
     assert model_of(ARMS["1d"]).image_newline is None
+
+
+TAP = InjectionConfig(layer=5, source=Source.tap)
+
+
+def test_two_projectors_where_global_views_leave_by_taps_alone_are_refused() -> None:
+    plan = ModelConfig(name="t", sequence=Sequence.blank, injections=[TAP], taps=[-1])
+    with pytest.raises(ValueError, match=r"no global views reach the LLM, and their projector would learn nothing"):
+        model_of(Arm(plan, Sharing.global_and_tiles))
+
+
+def test_a_tap_beside_shared_groups_costs_no_second_projection() -> None:
+    model = model_of(Arm(replace(ARMS["per_injection"].plan, taps=[1], injections=[TAP])))
+    calls: list[int] = []
+    model.projector.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    batch = batch_for(model, MIXED[1:2])
+    with torch.no_grad():
+        model(**batch.model_inputs())
+    assert calls == [5]

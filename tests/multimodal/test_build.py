@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny import PLANS, tiny_llm, tiny_model, tiny_vision
 
 from deepstack_pl.language.config import LLMConfig, LLMInit
-from deepstack_pl.multimodal.build import build_model, load_weights, text_config
+from deepstack_pl.multimodal.build import build_model, text_config
 from deepstack_pl.multimodal.config import ProjectorConfig, ProjectorKind
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.multimodal.start import load_weights
 from deepstack_pl.stacking.config import ModelConfig, Operator
 from deepstack_pl.vision.config import VisionConfig, VisionInit
 
@@ -173,3 +174,10 @@ def test_mergers_of_a_plans_taps_are_drawn_anew_and_named_where_a_run_without_th
     assert torch.equal(tapped.own_projectors["tap_0"][0].weight, merger)
     with pytest.raises(ValueError, match=r"that run's plan owns own_projectors\.tap_0.* no place for it"):
         load_weights(plain, tmp_path / "tapped")
+
+
+def test_a_taps_projector_starts_no_tap_of_another_depth(tmp_path: Path) -> None:
+    tiny_model(TAPS).save_pretrained(tmp_path)
+    assert load_weights(tiny_model(TAPS), tmp_path) == []
+    with pytest.raises(ValueError, match=r"read the hidden states \[1, 2\], but this plan taps \[2, 1\]"):
+        load_weights(tiny_model(replace(TAPS, taps=[2, 1])), tmp_path)

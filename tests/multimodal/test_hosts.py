@@ -29,9 +29,10 @@ from transformers import (
 from deepstack_pl.batch import PadSide
 from deepstack_pl.language.config import Attention, LLMConfig
 from deepstack_pl.language.host import decoder_layers
-from deepstack_pl.multimodal.build import build_model, load_weights, text_config
+from deepstack_pl.multimodal.build import build_model, text_config
 from deepstack_pl.multimodal.config import ProjectorConfig
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.multimodal.start import load_weights
 from deepstack_pl.stacking.config import Host, ModelConfig
 
 FAMILIES = ["phi3", "llama3_8b", "qwen3_0_6b", "smollm2_135m", "mistral_7b", "gemma3_1b", "granite"]

@@ -11,11 +11,12 @@ from torch import nn
 
 from deepstack_pl.data.config import DataConfig
 from deepstack_pl.language.host import assert_installed
-from deepstack_pl.multimodal.build import load_weights, parts
+from deepstack_pl.multimodal.build import parts
 from deepstack_pl.multimodal.config import LoRAConfig
 from deepstack_pl.multimodal.convert import convert_back
 from deepstack_pl.multimodal.lora import is_adapter, merge_adapters, without_adapters
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.multimodal.start import load_weights
 from deepstack_pl.stacking.config import Host, ModelConfig
 from deepstack_pl.training.config import PartConfig, StageConfig
 from deepstack_pl.training.datamodule import DeepStackDataModule

@@ -13,9 +13,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from transformers import AutoModelForImageTextToText
 
 from deepstack_pl.batch import PadSide
-from deepstack_pl.multimodal.build import build_model, load_weights, parts
+from deepstack_pl.multimodal.build import build_model, parts
 from deepstack_pl.multimodal.config import ProjectorConfig
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.multimodal.start import load_weights
 from deepstack_pl.stacking.config import Dealing, Host, InjectionConfig, ModelConfig, Operator
 
 SIDES = [PadSide.right, PadSide.left]

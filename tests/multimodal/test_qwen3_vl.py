@@ -19,6 +19,7 @@ from deepstack_pl.language.conversation import load_tokenizer, save_tokenizer
 from deepstack_pl.language.host import CARRIER, Carrier, decoder_layers, install
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
+from deepstack_pl.multimodal.published import files
 from deepstack_pl.multimodal.qwen3_vl import convert_qwen3_vl
 from deepstack_pl.stacking.config import ModelConfig, Source
 from deepstack_pl.stacking.plan import Plan
@@ -177,6 +178,59 @@ def test_a_qwen3_vl_with_a_tensor_too_few_or_too_many_is_refused_by_name(checkpo
         with pytest.raises(ValueError, match=said):
             convert_qwen3_vl(str(checkpoint), tmp_path / "ours", template="shipped")
         assert not (tmp_path / "ours").exists()
+
+
+def spoilt(checkpoint: Path, **values) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["vision_config"] |= values
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"deepstack_visual_indexes": [2, 0]}, r"deepstack_visual_indexes=\[2, 0\] do not ascend"),
+        ({"hidden_act": "silu"}, "hidden_act='silu' of the tower is none of gelu, gelu_pytorch_tanh, quick_gelu"),
+        ({"num_position_embeddings": 35}, "num_position_embeddings=35 of the tower is no square"),
+    ],
+)
+def test_what_would_be_another_model_here_is_refused(checkpoint, tmp_path, values, said):
+    spoilt(checkpoint, **values)
+    with pytest.raises(ValueError, match=said):
+        convert_qwen3_vl(str(checkpoint), tmp_path / "ours", template="shipped")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("size", [0, -24])
+def test_no_view_is_as_small_as_that(checkpoint, tmp_path, size):
+    with pytest.raises(ValueError, match=f"--image-size {size}: squares of 2x2 patches"):
+        convert_qwen3_vl(str(checkpoint), tmp_path / "ours", image_size=size, template="shipped")
+
+
+def test_a_tied_checkpoint_stays_tied_also_where_it_stores_its_head(theirs, checkpoint, tmp_path):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["tie_word_embeddings"] = True
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    stored = load_file(checkpoint / "model.safetensors")
+    embeddings = stored["model.language_model.embed_tokens.weight"]
+    for number, head in enumerate((None, embeddings.clone())):
+        kept = {name: tensor for name, tensor in stored.items() if name != "lm_head.weight"}
+        kept |= {} if head is None else {"lm_head.weight": head}
+        save_file(kept, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        convert_qwen3_vl(str(checkpoint), tmp_path / str(number), template="shipped", report=lambda line: None)
+        ours = DeepStackForConditionalGeneration.from_pretrained(tmp_path / str(number))
+        assert ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
+        assert torch.equal(ours.get_input_embeddings().weight, embeddings)
+    save_file({**kept, "lm_head.weight": embeddings + 1}, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 left over: lm_head.weight"):
+        convert_qwen3_vl(str(checkpoint), tmp_path / "other", template="shipped")
+
+
+def test_every_file_that_a_conversion_reads_is_fetched_from_the_hub(checkpoint, monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(files, "snapshot_download", lambda name, allow_patterns: asked.extend(allow_patterns) or "")
+    files.checkpoint_folder("Qwen/Qwen3-VL-8B-Instruct")
+    assert {"config.json", "preprocessor_config.json", "generation_config.json", "tokenizer.json"} <= set(asked)
 
 
 def take_receipt_of(folder: Path) -> Receipt:

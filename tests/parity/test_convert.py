@@ -20,7 +20,7 @@ from torch import Tensor
 from deepstack_pl.batch import PadSide, collate
 from deepstack_pl.cli.main import main
 from deepstack_pl.language.config import LLMConfig, TooLong
-from deepstack_pl.multimodal.build import build_model, load_weights
+from deepstack_pl.multimodal.build import build_model
 from deepstack_pl.multimodal.config import ProjectorConfig
 from deepstack_pl.multimodal.configuration import DeepStackConfig
 from deepstack_pl.multimodal.convert import convert, convert_back
@@ -29,6 +29,7 @@ from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor, generation_inputs
 from deepstack_pl.multimodal.published.files import checkpoint_folder
 from deepstack_pl.multimodal.published.keys import rename_to_ours, rename_to_published
+from deepstack_pl.multimodal.start import load_weights
 from deepstack_pl.multimodal.tensor_files import TensorFiles, write_tensors
 from deepstack_pl.stacking.config import Host, ModelConfig
 

@@ -32,9 +32,10 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, LogitsProcessor
 
 from deepstack_pl.batch import PadSide
-from deepstack_pl.multimodal.build import build_model, load_weights
+from deepstack_pl.multimodal.build import build_model
 from deepstack_pl.multimodal.config import ProjectorConfig
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.multimodal.start import load_weights
 from deepstack_pl.stacking.config import Host, Newline, Overflow
 
 TEXT, ONE, TWO, WIDE = MIXED

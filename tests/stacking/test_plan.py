@@ -243,3 +243,43 @@ def test_gated_injections_are_counted_per_host() -> None:
     assert len(plan.gated(Host.llm)) == 4
     assert plan.gated(Host.vit) == ()
     assert plan.at(Host.vit)[2] == (Injection(Host.vit, 2, 1),)
+
+
+TAPS = ModelConfig(name="taps", tiles=0, source=Source.tap, taps=[1, -1], groups=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"taps": [-7, 1]},
+            r"model\.taps=\[-7, 1\]: -7 is no hidden state .* read after 4 blocks.*-1 \(the feature\) to -5",
+        ),
+        ({"taps": [5, 1]}, r"model\.taps=\[5, 1\]: 5 is no hidden state"),
+        (
+            {"taps": [1, 2], "sequence": Sequence.blank},
+            r"deepest tap is 2: blocks would run for nothing.*feature_layer=2",
+        ),
+        ({"groups": 3}, r"model\.taps=\[1, -1\] reads 2 hidden states"),
+        (
+            {
+                "taps": [1],
+                "tiles": 4,
+                "groups": 1,
+                "sequence": Sequence.blank,
+                "injections": [InjectionConfig(layer=2), InjectionConfig(layer=3, host=Host.vit, group=1)],
+            },
+            r"vit layer 3: with model\.sequence=blank nothing of the global view",
+        ),
+    ],
+)
+def test_taps_that_cannot_be_or_that_read_for_nothing_are_refused(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan.build(replace(TAPS, **change), llm_layers=12, vit_layers=4)
+
+
+def test_a_stack_in_the_tower_may_leave_it_by_a_tap_alone() -> None:
+    stacked = replace(
+        TAPS, tiles=4, sequence=Sequence.blank, injections=[InjectionConfig(layer=3, host=Host.vit, group=1)]
+    )
+    assert Plan.build(stacked, llm_layers=12, vit_layers=4).taps == (1, 4)

@@ -27,10 +27,11 @@ from deepstack_pl.evaluation.callback import GenerationCallback
 from deepstack_pl.inspection.callback import InspectionCallback
 from deepstack_pl.language.config import LLMConfig, LLMInit, Size
 from deepstack_pl.language.conversation import load_tokenizer
-from deepstack_pl.multimodal.build import build_model, checkpoint_config, load_weights
+from deepstack_pl.multimodal.build import build_model, checkpoint_config
 from deepstack_pl.multimodal.config import build_plan
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
+from deepstack_pl.multimodal.start import load_weights
 from deepstack_pl.training.counts import DataCounts
 from deepstack_pl.training.datamodule import DeepStackDataModule
 from deepstack_pl.training.guard import FirstStepGuard

@@ -187,7 +187,7 @@ _PUBLISHED = [
         size=14_140_000_000,
         sure=True,
         licence=f"{_APACHE}; Vicuna's and CLIP's",
-        then=f"deepstack convert menglc/{repo} FOLDER",
+        then="deepstack convert {place} FOLDER",
     )
     for name, repo in (
         ("deepstack_l_vicuna_7b", "deepstack-l-vicuna-7b"),

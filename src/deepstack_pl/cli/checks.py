@@ -14,8 +14,9 @@ from transformers.models.auto import CONFIG_MAPPING
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.language.config import Attention, LLMConfig
 from deepstack_pl.language.template import IMAGE, TEMPLATES
-from deepstack_pl.multimodal.build import OLDER, require_weights, text_config
+from deepstack_pl.multimodal.build import OLDER, text_config
 from deepstack_pl.multimodal.processor import DeepStackProcessor
+from deepstack_pl.multimodal.start import require_weights
 
 _ONE_DEVICE = "Training over several devices is not supported yet"
 # Arguments of the Trainer that would make a run other than its config says, and what to say instead.

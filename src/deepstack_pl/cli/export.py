@@ -5,7 +5,6 @@ Nothing heavy is imported before the command really runs, so that ``--help`` is 
 
 import argparse
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +83,9 @@ def require_finished(folder: Path) -> dict[str, Any]:
         if (folder / CONFIG).is_file():
             raise ValueError(f"{folder} is a run that never began to train. Go on with it: {_go_on(folder)}.")
         return {}
-    results = json.loads(file.read_text(encoding="utf-8"))
+    from deepstack_pl.multimodal.published.files import read_json
+
+    results = read_json(file)
     if results.get("status") != "finished":
         raise ValueError(
             f"{folder}: the run is not finished, but {results.get('status')}, at step {results.get('steps')} of "

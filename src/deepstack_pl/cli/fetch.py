@@ -8,6 +8,8 @@ import argparse
 import difflib
 import errno
 import os
+import re
+import shlex
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -97,7 +99,8 @@ def look_up(entry: Entry, to: str | None) -> Job:
         if any(fnmatch(file.filename, pattern) for file in listed for pattern in weights):
             needed = sum(file.file_size or 0 for file in listed if file.will_download)
             if entry.unpack:  # pictures are as large in their archive as beside it
-                needed += sum(file.file_size or 0 for file in listed if file.filename == entry.unpack[0])
+                unpacked = _size_of(_root(to) / entry.unpack[1])
+                needed += sum(max(0, (f.file_size or 0) - unpacked) for f in listed if f.filename == entry.unpack[0])
             return Job(entry, tuple(sorted(file.filename for file in listed)), needed)
     wanted = ", ".join((*entry.weights, *entry.otherwise))
     raise ValueError(f"{entry.name}: {_page(entry)} has no {wanted}. See what it has, and fetch it by `hf download`.")
@@ -135,12 +138,13 @@ def fetch(job: Job, to: str | None) -> None:
     if entry.unpack:
         archive, images = folder / entry.unpack[0], root / entry.unpack[1]
         unpack(archive, images)
-        print(f"{entry.name}: images in {images}; {archive} is of no more use")
+        print(f"{entry.name}: images in {images}; {archive} is read again only by the same fetch")
     if entry.by_hand:
         print(f"{entry.name}: its images are not on the hub. Put them under {root}/:")
         for place, source, gigabytes in entry.by_hand:
             print(f"  {place}: {source} (about {gigabytes} GB)")
-    print(f"then: {entry.then.format(root=root)}{_pointing(entry, folder) if to else ''}")
+    place = _typed(folder if to else entry.repo)
+    print(f"then: {entry.then.format(root=_typed(root), place=place)}{_pointing(entry, folder) if to else ''}")
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -236,7 +240,12 @@ def _place(entry: Entry, to: str | None) -> Path | None:
 def _pointing(entry: Entry, folder: Path) -> str:
     """The override by which a run finds weights that are not in the hub's cache."""
     weights = [folder / name for name in (*entry.weights, *entry.otherwise) if (folder / name).is_file()]
-    return f" {entry.key}={weights[0] if entry.key == OPEN_CLIP else folder}" if entry.key else ""
+    return f" {entry.key}={_typed(weights[0] if entry.key == OPEN_CLIP else folder)}" if entry.key else ""
+
+
+def _typed(place: Path | str) -> str:
+    """As a shell and Hydra both read it."""
+    return str(place) if re.fullmatch(r"[\w./~-]+", str(place)) else shlex.quote(f"'{place}'")
 
 
 def _disk(entry: Entry, to: str | None) -> tuple[Path, int]:
@@ -246,6 +255,11 @@ def _disk(entry: Entry, to: str | None) -> tuple[Path, int]:
     place = (_place(entry, to) or Path(HF_HUB_CACHE)).absolute()
     there = next(folder for folder in (place, *place.parents) if folder.is_dir())
     return there, os.stat(there).st_dev
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of the files that lie there already."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _page(entry: Entry) -> str:

@@ -46,6 +46,9 @@ def text_and_groups(
         source, number = dealt
         of = taps[number] if source is Source.tap else feature
         name, square = own_name(dealt), plan.pooling
+        if name not in own and source is not Source.spatial:
+            assert tokens is not None
+            return tokens  # projected already
         project = own[name] if name in own else shared  # noqa: SIM401 - a ModuleDict has no get
         if source is Source.spatial:
             of, square = pick(of, square, number), 1

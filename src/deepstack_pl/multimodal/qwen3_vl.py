@@ -10,6 +10,7 @@ from math import ceil, isqrt
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.models.qwen3 import Qwen3Config
@@ -28,6 +29,7 @@ from deepstack_pl.stacking.plan import Plan
 from deepstack_pl.vision.config import QWEN3_VL, VisionConfig, VisionInit, VisionLibrary
 
 MODEL_TYPE = "qwen3_vl"
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
 TEMPLATE = "qwen3"
 _TEXT = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -70,7 +72,9 @@ def convert_qwen3_vl(
         settings = generation_settings(origin, config, words)
         files, shapes = TensorFiles(origin), own_shapes(config)
         names = {theirs_of(ours): ours for ours in shapes}
-        check_tensors({name: shapes[ours] for name, ours in names.items()}, files, {n: n for n in files}, source)
+        spare = _spare_head(config, files)
+        found = {name: name for name in files if name not in spare}
+        check_tensors({name: shapes[ours] for name, ours in names.items()}, files, found, source, spare)
         own = {ours: name for name, ours in names.items()}
 
         def load(ours: str) -> Tensor:
@@ -120,8 +124,23 @@ def read_qwen3_vl(
             "checkpoint cannot be converted."
         )
     grid, merge = isqrt(vision.num_position_embeddings), vision.spatial_merge_size
-    size = image_size or grid * vision.patch_size
-    if size % (vision.patch_size * merge):
+    if grid**2 != vision.num_position_embeddings:
+        raise ValueError(
+            f"{CONFIG}: num_position_embeddings={vision.num_position_embeddings} of the tower is no square. Correct it."
+        )
+    if vision.hidden_act not in ACTIVATIONS:
+        raise ValueError(
+            f"{CONFIG}: hidden_act={vision.hidden_act!r} of the tower is none of {', '.join(ACTIVATIONS)}. Such a "
+            "checkpoint cannot be converted."
+        )
+    indexes = list(vision.deepstack_visual_indexes)
+    if indexes != sorted(set(indexes)):
+        raise ValueError(
+            f"{CONFIG}: deepstack_visual_indexes={indexes} do not ascend. transformers injects taps in the order of "
+            "blocks, with mergers in the order of the list: such a checkpoint cannot be converted."
+        )
+    size = grid * vision.patch_size if image_size is None else image_size
+    if size < 1 or size % (vision.patch_size * merge):
         raise ValueError(
             f"--image-size {size}: squares of {merge}x{merge} patches of {vision.patch_size} pixels must cover a view. "
             f"Give a multiple of {vision.patch_size * merge}."
@@ -138,15 +157,15 @@ def read_qwen3_vl(
         layers=vision.depth,
         heads=vision.num_heads,
         mlp_ratio=ceil(vision.intermediate_size / vision.hidden_size * 1e4) / 1e4,  # as conf writes it
-        quick_gelu=False,
-        layer_norm_eps=1e-6,
+        quick_gelu=vision.hidden_act == "quick_gelu",
         gelu_tanh=vision.hidden_act == "gelu_pytorch_tanh",
+        layer_norm_eps=1e-6,
         architecture={key: value for key, value in others.items() if value != getattr(vision.__class__(), key)},
         feature_layer=-1,
         mean=list(pixels["image_mean"]),
         std=list(pixels["image_std"]),
     )
-    taps = [index + 1 for index in vision.deepstack_visual_indexes]  # "after block i" is hidden state i + 1
+    taps = [index + 1 for index in indexes]  # "after block i" is hidden state i + 1
     stacked = ModelConfig(
         name="qwen3_style",
         tiles=0,
@@ -190,7 +209,17 @@ def theirs_of(ours: str) -> str:
 def _pixels(origin: Path) -> dict[str, Any]:
     """Mean and deviation of pixels; the checkpoint says them."""
     values = read_json(origin / PIXELS)
-    missing = [key for key in ("image_mean", "image_std") if key not in values]
-    if missing:
-        raise ValueError(f"{origin / PIXELS} says no {' and no '.join(missing)}. Fetch the checkpoint again, whole.")
+    for key in ("image_mean", "image_std"):
+        if not (isinstance(said := values.get(key), list) and len(said) == 3):
+            raise ValueError(
+                f"{origin / PIXELS}: {key}={values.get(key)!r} is no list of three numbers. Fetch the checkpoint again."
+            )
     return values
+
+
+def _spare_head(config: DeepStackConfig, files: TensorFiles) -> list[str]:
+    """The head that a tied checkpoint stores beside the embeddings, if it is the same."""
+    head, embeddings = "lm_head.weight", "model.language_model.embed_tokens.weight"
+    if not config.text_config.tie_word_embeddings or head not in files or embeddings not in files:
+        return []
+    return [head] if torch.equal(files[head], files[embeddings]) else []

@@ -1,5 +1,6 @@
 """Places that a plan names: layers, taps and groups that must exist in its hosts. Loads without torch."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from deepstack_pl.stacking.config import Host, Injection, Source
@@ -43,6 +44,20 @@ def check_place(plan: "Plan", injection: Injection) -> None:
         raise ValueError(f"plan {plan.name}: {injection}: layers count from 0, and {depth}.")
 
 
+def check_tap_numbers(taps: Sequence[int], vit_layers: int) -> None:
+    """Refuse taps, as a person writes them, beyond the feature or before the first state.
+
+    Raises:
+        ValueError: naming them, the depth and the remedy.
+    """
+    wrong = [tap for tap in taps if not -vit_layers - 1 <= tap <= vit_layers]
+    if wrong:
+        raise ValueError(
+            f"model.taps={list(taps)}: {', '.join(map(str, wrong))} is no hidden state of a tower whose feature is "
+            f"read after {vit_layers} blocks. Name 0 to {vit_layers}, or -1 (the feature) to {-vit_layers - 1}."
+        )
+
+
 def check_taps(plan: "Plan") -> None:
     """Refuse taps beyond the feature, and blocks that would run for nothing.
 
@@ -51,11 +66,7 @@ def check_taps(plan: "Plan") -> None:
     """
     wrong = [tap for tap in plan.taps if not 0 <= tap <= plan.vit_layers]
     if wrong:
-        raise ValueError(
-            f"plan {plan.name}: taps {wrong} are no hidden states of a tower whose feature is read after "
-            f"{plan.vit_layers} blocks. Name 0 to {plan.vit_layers} in model.taps, or -1 (the feature) to "
-            f"{-plan.vit_layers - 1}."
-        )
+        raise ValueError(f"plan {plan.name}: taps {wrong} are no states from 0 to {plan.vit_layers}, the feature.")
     if plan.taps and not plan.reads_feature and plan.deepest_tap < plan.vit_layers:
         raise ValueError(
             f"plan {plan.name}: nothing of the feature, read after {plan.vit_layers} blocks, reaches the LLM, and the "

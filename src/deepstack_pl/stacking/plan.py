@@ -31,7 +31,7 @@ from deepstack_pl.stacking.config import (
     Source,
     Unfilled,
 )
-from deepstack_pl.stacking.places import check_place, check_taps, last_layer
+from deepstack_pl.stacking.places import check_place, check_tap_numbers, check_taps, last_layer
 from deepstack_pl.stacking.rules import (
     STRINGS,
     WITH_TILES,
@@ -104,6 +104,7 @@ class Plan:
             ValueError: an injection without a layer or a group, two on one layer, values that contradict each other.
         """
         check_views(config)
+        check_tap_numbers(config.taps, vit_layers)
         check_schedule(config, last_layer(config.host, llm_layers, vit_layers))
         wanted = [
             Injection(

@@ -127,9 +127,8 @@ def _check_sequence(values: Values) -> None:
 
 
 def reads_global_view(values: Values, injections: Several[Injection]) -> bool:
-    """Whether the global view's tokens reach the LLM: in the text, or injected."""
-    sources = (Source.global_view, Source.tap, Source.spatial)
-    again = any(i.host is Host.llm and i.source in sources for i in injections)
+    """Whether the feature of global views reaches the LLM: in the text, or injected. A tap reads another state."""
+    again = any(i.host is Host.llm and i.source in (Source.global_view, Source.spatial) for i in injections)
     return again or values.sequence not in (Sequence.tiles, Sequence.blank)
 
 
@@ -155,7 +154,8 @@ def check_injections(values: Values, injections: Several[Injection]) -> None:
                 f"{injection}: with model.encoding=one_pass the tower never sees tiles by themselves. Say "
                 "model.encoding=separate, or model.host=llm."
             )
-        if injection.host is Host.vit and not reads_global_view(values, injections):
+        taken = max((values.taps[i.group] for i in injections if i.source is Source.tap), default=-1)
+        if injection.host is Host.vit and taken < injection.layer and not reads_global_view(values, injections):
             raise ValueError(
                 f"{injection}: with model.sequence={sequence.name} nothing of the global view, to which the tower adds "
                 "it, reaches the LLM. Say model.sequence=global_view, or inject the global view too."

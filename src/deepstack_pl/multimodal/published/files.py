@@ -70,7 +70,7 @@ def checkpoint_folder(source: str) -> Path:
         source,
         "The checkpoint",
         "Give the folder of a whole checkpoint.",
-        (CONFIG, "generation_config.json", f"{TOWER_FOLDER}/*.json", *TOKENIZER_FILES, *_WEIGHTS),
+        (CONFIG, PIXELS, "generation_config.json", f"{TOWER_FOLDER}/*.json", *TOKENIZER_FILES, *_WEIGHTS),
         by_hand=f"Where there is a network, `{fetch}` fetches it; then convert FOLDER.",
     )
 
