@@ -132,5 +132,5 @@ def _image(part: Mapping[str, Any], place: int) -> Image.Image:
         with Image.open(image) as opened:
             opened.load()
             return opened
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"Message {place} has the image {str(image)!r}, which cannot be read: {error}") from error
