@@ -258,3 +258,13 @@ def test_what_the_system_says_of_a_file_is_one_sentence_also_from_a_data_worker(
         "deepstack_pl.data.download.NotThere: https://host/a.tar: there is no such file (404). Upload it.\n"
     )
     assert sentence(error, schema) == "https://host/a.tar: there is no such file (404). Upload it."
+
+
+def test_a_damaged_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {name: 'cut")
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged .*Restore it"):
+        load(tmp_path / "config.yaml", [])
+
+
+def test_a_block_of_no_width_is_refused() -> None:
+    assert "vision.mlp_ratio=0.0: blocks are wider inside by it" in refusal("vision.mlp_ratio=0")

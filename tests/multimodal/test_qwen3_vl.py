@@ -226,6 +226,13 @@ def test_a_tied_checkpoint_stays_tied_also_where_it_stores_its_head(theirs, chec
         convert_qwen3_vl(str(checkpoint), tmp_path / "other", template="shipped")
 
 
+def test_a_mixture_of_experts_is_refused_by_its_name(checkpoint, tmp_path, capsys):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": "qwen3_vl_moe"}))
+    assert main(["convert", str(checkpoint), str(tmp_path / "ours")]) == 1
+    assert "is a qwen3_vl_moe: of that family only qwen3_vl itself can be converted" in capsys.readouterr().err
+
+
 def test_every_file_that_a_conversion_reads_is_fetched_from_the_hub(checkpoint, monkeypatch):
     asked: list[str] = []
     monkeypatch.setattr(files, "snapshot_download", lambda name, allow_patterns: asked.extend(allow_patterns) or "")

@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
             tokenizer=args.tokenizer,
             template=args.template,
         )
+    elif isinstance(kind, str) and kind.startswith(MODEL_TYPE):
+        raise ValueError(f"{args.source} is a {kind}: of that family only {MODEL_TYPE} itself can be converted.")
     elif args.image_size is not None:
         raise ValueError(f"--image-size with a {kind}: its tower has one size. Leave it out.")
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepstack_pl.cli.catalogue import UNKNOWN, licence_of, open_clip_repo
-from deepstack_pl.cli.folders import CONFIG, RECEIPT, RESULTS, relative
+from deepstack_pl.cli.folders import CONFIG, LATEST, RECEIPT, RESULTS, newest, relative
 
 if TYPE_CHECKING:
     from deepstack_pl.multimodal.card import Origin
@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: it cannot be done, or what was written is not the run's model; the sentence says why.
     """
+    if args.run.absolute() == LATEST.absolute():  # a file that names the newest run
+        args.run = newest()
     results = require_finished(args.run)
     import torch
     from rich.console import Console

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from yaml import YAMLError
 
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.config.values import check
@@ -42,8 +43,16 @@ def save(run: RunConfig, file: Path) -> None:
 
 
 def load(file: Path, overrides: list[str]) -> RunConfig:
-    """A saved run, with dotted ``overrides`` on top."""
-    saved = OmegaConf.load(file)
+    """A saved run, with dotted ``overrides`` on top.
+
+    Raises:
+        ValueError: ``file`` is damaged; and what `from_hydra` raises.
+    """
+    try:
+        saved = OmegaConf.load(file)
+    except YAMLError as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{file} is damaged ({told}). Restore it: a run is what its config.yaml says.") from error
     merged = OmegaConf.merge(OmegaConf.structured(RunConfig), saved)
     return from_hydra(OmegaConf.merge(merged, OmegaConf.from_dotlist(overrides)))
 

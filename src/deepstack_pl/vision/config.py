@@ -57,6 +57,8 @@ class VisionConfig:
     std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
 
     def __post_init__(self) -> None:
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"vision.mlp_ratio={self.mlp_ratio}: blocks are wider inside by it. Say 4.0.")
         if self.image_size % self.patch_size and not self._drops_remainder:
             raise ValueError(
                 f"vision.image_size={self.image_size} is not a multiple of vision.patch_size={self.patch_size}: "
