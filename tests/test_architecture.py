@@ -31,6 +31,7 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_importing_any_module_is_silent() -> None:
     done = python("import importlib, sys; [importlib.import_module(m) for m in sys.argv[1:]]", *modules(SOURCES))
     assert done.returncode == 0, done.stderr

@@ -65,6 +65,7 @@ def test_without_a_checkpoint_nothing_is_promised(capsys: pytest.CaptureFixture[
     assert "To go on" not in said
 
 
+@pytest.mark.slow
 def test_every_start_is_recorded_and_speed_outlives_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
     first = start(folder=Path("run"))
     assert (first["status"], first["steps"], len(first["starts"])) == ("finished", 3, 1)
@@ -93,6 +94,7 @@ def test_init_from_is_recorded_and_said(capsys: pytest.CaptureFixture[str]) -> N
     assert "starting from the weights of one" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_deepstack_l_hd_trains_proven_and_counts_what_it_cuts(capsys: pytest.CaptureFixture[str]) -> None:
     whole = start("model=deepstack_l_hd", folder=Path("whole"))
     assert (whole["status"], whole["receipt"]) == ("finished", {"ok": True, "injections": 4})

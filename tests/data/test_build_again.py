@@ -26,6 +26,7 @@ def mix(tmp_path_factory: pytest.TempPathFactory) -> Replica:
     return write_replica("llava665k", tmp_path_factory.mktemp("mix"))
 
 
+@pytest.mark.slow
 def test_the_same_bytes_whatever_the_number_of_processes(tmp_path: Path) -> None:
     replica = large(tmp_path, clean=False)
     one = built(replica, tmp_path / "one", SMALL)

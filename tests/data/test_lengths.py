@@ -37,6 +37,7 @@ def test_each_sample_has_its_own_length_and_a_refused_one_none(tmp_path: Path) -
     assert found.tolist() == [1, 8, 0, 22, 0, 36]
 
 
+@pytest.mark.slow
 def test_several_processes_measure_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lengths_module, "_AT_ONCE", 4)
     source = Numbers(11, bad=(2,))
@@ -53,6 +54,7 @@ def test_what_was_measured_is_read_again_until_data_or_processor_change(tmp_path
             measure_lengths(source, forbidden, digest, tmp_path)
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_raised_and_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lengths_module, "_AT_ONCE", 4)
     for processes in (1, 2):

@@ -124,6 +124,7 @@ def test_a_folder_without_such_a_case_is_an_error(
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_commands_exit_status_tells_whether_all_is_equal(tmp_path: Path) -> None:
     folder = copy_of(tmp_path, "l_small_square")
     shutil.copytree(GOLDEN / "cases" / "l_start0", folder / "cases" / "l_start0")

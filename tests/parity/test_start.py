@@ -64,6 +64,7 @@ def test_a_run_starts_from_a_converted_checkpoint_and_fetches_nothing(converted:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_it_trains_as_deepstack_l_and_as_hd(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = start(f"init_from={converted}", *HOSTS, folder=Path("l"))
     assert (plain["status"], plain["init_from"]) == ("finished", "converted")
@@ -78,6 +79,7 @@ def test_another_architecture_than_the_folders_is_refused(converted: Path) -> No
         make_processor(run)
 
 
+@pytest.mark.slow
 def test_going_on_needs_the_runs_own_folder_alone(converted: Path) -> None:
     start(f"init_from={converted}", *HOSTS, "callbacks.checkpoint.every_steps=1", folder=Path("run"))
     converted.rename("elsewhere")
