@@ -111,7 +111,13 @@ def test_a_build_that_is_interrupted_or_killed_ends_at_once_and_goes_on(tmp_path
     words = [f"data.root={tmp_path}", f"out={out}", "shard_mb=1", "processes=2", "data.val_samples=8"]
     entry = "from deepstack_pl.cli.main import entry; entry()"
     command = [sys.executable, "-c", entry, "shards", "build", "data=llava665k", *words]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 120
     while not tars(out) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
