@@ -1,12 +1,13 @@
 """A run small enough for tests of training, evaluation and inspection: two-colour pages, tiny networks, no files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from PIL import Image
 
 from deepstack_pl.batch import Record, Role, Turn
@@ -18,9 +19,12 @@ from deepstack_pl.multimodal.config import LoRAConfig, ProjectorConfig, build_pl
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.stacking.config import ModelConfig
-from deepstack_pl.training.config import OptimConfig, PartConfig, StageConfig
+from deepstack_pl.training.checkpoints import all_of
+from deepstack_pl.training.config import OptimConfig, PartConfig, StageConfig, StrategyConfig
 from deepstack_pl.training.module import DeepStackModule
 from deepstack_pl.training.parts import adapters_of
+from deepstack_pl.training.restore import read_plain
+from deepstack_pl.training.strategies import make_strategy
 from deepstack_pl.vision.config import VisionConfig
 
 TOKENIZER = load_tokenizer(None)
@@ -47,8 +51,14 @@ PRETRAIN = StageConfig(name="pretrain", vision=FROZEN, llm=FROZEN)
 
 
 def small_model(
-    plan: ModelConfig = STACKED, llm: LLMConfig = LLM, device: str = "cpu", lora: Mapping[str, LoRAConfig] | None = None
+    plan: ModelConfig = STACKED,
+    llm: LLMConfig = LLM,
+    device: str = "cpu",
+    lora: Mapping[str, LoRAConfig] | None = None,
+    tied: bool = False,
 ) -> DeepStackForConditionalGeneration:
+    if tied:
+        llm = replace(llm, architecture={**llm.architecture, "tie_word_embeddings": True})
     image = TOKENIZER.convert_tokens_to_ids("<image>")
     assert isinstance(image, int)
     projector = ProjectorConfig(name="mlp")
@@ -107,7 +117,18 @@ class Pages:
         return f"{self.count} pages in two colours"
 
 
+def newest(folder: Path) -> Path:
+    """The newest checkpoint in ``folder``."""
+    return all_of(folder)[0].folder
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint in ``folder`` holds besides weights and states."""
+    return read_plain(all_of(folder)[0])
+
+
 def small_trainer(folder: Path, steps: int = 4, **more: Any) -> lightning.Trainer:
+    more.setdefault("strategy", make_strategy(StrategyConfig(name="single"), torch.device("cpu"), 1))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "gradient_clip_val": 1.0}
     return lightning.Trainer(
         accelerator="cpu",

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,24 @@ class StopEarly(lightning.Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
         trainer.should_stop = True
+
+
+class Slow(lightning.Callback):
+    """Half a second before every step: time to be interrupted in."""
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.5)
+
+
+class Killed(lightning.Callback):
+    """kill -9 of one process before a step."""
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        if (trainer.global_rank, trainer.global_step) == (self.rank, self.step):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def start(*overrides: str, folder: Path) -> dict[str, Any]:

@@ -11,14 +11,16 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from small_run import Pages, small_model, small_module, small_processor, small_trainer
+from small_run import Pages, newest, saved, small_model, small_module, small_processor, small_trainer
 
 from deepstack_pl.batch import Role, Turn
 from deepstack_pl.data.config import Batching, DataConfig, Remainder, Shuffle
 from deepstack_pl.language.config import TooLong
 from deepstack_pl.training.checkpoint import RunCheckpoint
+from deepstack_pl.training.checkpoints import all_of
 from deepstack_pl.training.datamodule import DeepStackDataModule
 from deepstack_pl.training.interrupt import GracefulStop
+from deepstack_pl.training.restore import read_tensors
 from deepstack_pl.training.step_loss import StepLoss
 from deepstack_pl.training.tally import Tally
 
@@ -42,7 +44,8 @@ def data(steps=6, workers=0, seed=0, batch_size=4, pages=None, ledger=None, **co
 def fit(folder, *callbacks, steps=6, resume=None, datamodule=None, **more):
     module, datamodule = small_module(steps=steps), datamodule or data(steps)
     more = {"accumulate_grad_batches": datamodule.config.accumulation(), **more}
-    trainer = small_trainer(folder, steps, callbacks=list(callbacks), enable_checkpointing=True, **more)
+    saves = any(isinstance(callback, RunCheckpoint) for callback in callbacks)
+    trainer = small_trainer(folder, steps, callbacks=list(callbacks), enable_checkpointing=saves, **more)
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     return module, trainer
 
@@ -53,8 +56,8 @@ def order_of(folder, steps=6, config=None, **more):
     return datamodule.tally().order
 
 
-def state_of(file):
-    return torch.load(file, weights_only=True)["DeepStackDataModule"]
+def state_of(folder):
+    return saved(folder)["DeepStackDataModule"]
 
 
 def interrupt_after(step, stop=None):
@@ -66,7 +69,7 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint_and_fit_returns(tmp_path):
     _, trainer = fit(tmp_path, interrupt_after(3), stop, RunCheckpoint(tmp_path, every_steps=100))
     assert stop.interrupted
     assert trainer.global_step == 3
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert saved(tmp_path)["global_step"] == 3
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -75,7 +78,7 @@ def test_a_second_ctrl_c_raises_at_once():
     stop.on_train_start(None, None)
     try:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.interrupted
+        assert stop.asked
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
@@ -115,7 +118,7 @@ def test_ctrl_c_inside_an_accumulation_waits_for_its_end(tmp_path):
     keys.then = lambda now: os.kill(os.getpid(), signal.SIGINT) if len(keys.seen) == 3 else None
     _, trainer = fit(tmp_path, keys, stop, checkpoint, steps=6, datamodule=data(6, micro_batch_size=2))
     assert (trainer.global_step, len(keys.seen)) == (2, 4)
-    assert state_of(tmp_path / "last.ckpt")["position"]["step"] == 2
+    assert state_of(tmp_path)["position"]["step"] == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -128,13 +131,13 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(tmp_path, worke
         tmp_path / "b",
         second,
         RunCheckpoint(tmp_path / "b"),
-        resume=tmp_path / "b" / "last.ckpt",
+        resume=newest(tmp_path / "b"),
         datamodule=going_on,
     )
     assert trainer.global_step == 6
     assert first.seen + second.seen == whole.seen
     assert going_on.tally() == at_once.tally() != Tally()
-    saved = state_of(tmp_path / "b" / "last.ckpt")
+    saved = state_of(tmp_path / "b")
     assert (saved["position"]["step"], saved["tally"]) == (6, at_once.tally().to_dict())
     for (name, a), b in zip(straight.network.named_parameters(), resumed.network.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -142,7 +145,7 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(tmp_path, worke
 
 def test_the_state_is_plain_numbers_of_what_was_trained_and_not_of_what_was_fetched(tmp_path):
     fit(tmp_path, interrupt_after(2), GracefulStop(), RunCheckpoint(tmp_path), datamodule=data(workers=1))
-    state = state_of(tmp_path / "last.ckpt")
+    state = state_of(tmp_path)
     assert state["position"] == {"step": 2, "epoch": 0, "window": 0, "unit": 8}
     assert state["tally"]["samples"] == 8
     assert state["tally"]["order"] == order_of(tmp_path / "two", steps=2)
@@ -174,7 +177,7 @@ def test_what_is_cut_off_is_counted_over_a_resume_positions_and_whole_answers(tm
     whole, first, going_on, rest = cutting(), interrupt_after(2), cutting(), Keys()
     module, _ = fit(tmp_path / "a", Keys(), datamodule=whole)
     fit(tmp_path / "b", first, GracefulStop(), RunCheckpoint(tmp_path / "b"), datamodule=cutting())
-    fit(tmp_path / "b", rest, resume=tmp_path / "b" / "last.ckpt", datamodule=going_on)
+    fit(tmp_path / "b", rest, resume=newest(tmp_path / "b"), datamodule=going_on)
     trained = [key for keys in first.seen + rest.seen for key in keys]
     for datamodule in (whole, going_on):
         tally = datamodule.tally()
@@ -204,7 +207,7 @@ def test_smaller_forwards_of_the_same_step_are_the_same_order_and_a_resume_may_c
     fit(tmp_path / "a", whole, steps=3, datamodule=at_once)
     fit(tmp_path / "b", first, GracefulStop(), RunCheckpoint(tmp_path / "b"), steps=3, datamodule=broken_off)
     assert len(first.seen) == 4 // micro
-    fit(tmp_path / "b", second, resume=tmp_path / "b" / "last.ckpt", steps=3, datamodule=going_on)
+    fit(tmp_path / "b", second, resume=newest(tmp_path / "b"), steps=3, datamodule=going_on)
     assert list(chain.from_iterable(first.seen + second.seen)) == list(chain.from_iterable(whole.seen))
     assert going_on.tally() == at_once.tally()
 
@@ -219,7 +222,7 @@ def test_a_batch_whose_gradient_is_lost_has_not_been_trained_on(tmp_path):
     keys.then = fail
     with pytest.raises(RuntimeError, match="as arranged"):
         fit(tmp_path, keys, RunCheckpoint(tmp_path), datamodule=datamodule)
-    assert state_of(tmp_path / "exception.ckpt")["position"]["step"] == datamodule.step == 1
+    assert state_of(tmp_path)["position"]["step"] == datamodule.step == 1
 
 
 def test_another_fit_begins_anew(tmp_path):
@@ -261,22 +264,33 @@ def test_going_on_with_another_order_of_samples_is_refused(other, message):
 
 def test_the_last_checkpoint_is_of_the_last_step_whatever_the_interval(tmp_path):
     fit(tmp_path, RunCheckpoint(tmp_path, every_steps=4))
-    assert [p.name for p in tmp_path.glob("*.ckpt")] == ["last.ckpt"]
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == 6
-    names = {f"model.{name}" for name in small_model().state_dict()}
-    assert set(saved["state_dict"]) == names
+    assert [checkpoint.step for checkpoint in all_of(tmp_path)] == [6, 4]
+    assert saved(tmp_path)["global_step"] == 6
+    weights = small_model().state_dict()
+    read_tensors(all_of(tmp_path)[0], {"model": weights})
+    assert not torch.equal(weights["projector.0.weight"], small_model().state_dict()["projector.0.weight"])
 
 
-def test_an_exception_is_saved_beside_the_last_good_checkpoint(tmp_path):
+def test_the_step_before_an_exception_is_saved(tmp_path):
     def fail(step):
         if step == 5:
             raise RuntimeError("as arranged")
 
     with pytest.raises(RuntimeError, match="as arranged"):
         fit(tmp_path, Keys(fail), RunCheckpoint(tmp_path, every_steps=2))
-    steps = {p.name: torch.load(p, weights_only=True)["global_step"] for p in tmp_path.glob("*.ckpt")}
-    assert steps == {"last.ckpt": 4, "exception.ckpt": 5}
+    assert [checkpoint.step for checkpoint in all_of(tmp_path)] == [5, 4]
+
+
+def test_nothing_is_saved_of_an_update_that_an_exception_broke_off(tmp_path):
+    class Fails(lightning.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            if trainer.global_step == 3:
+                trainer.lightning_module.updating = True  # as in the middle of AdamW's step
+                raise RuntimeError("as arranged")
+
+    with pytest.raises(RuntimeError, match="as arranged"):
+        fit(tmp_path, Fails(), RunCheckpoint(tmp_path, every_steps=2))
+    assert [checkpoint.step for checkpoint in all_of(tmp_path)] == [2]
 
 
 def test_a_checkpoint_every_zero_steps_is_refused(tmp_path):

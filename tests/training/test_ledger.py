@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from small_run import Pages
+from small_run import Pages, newest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_datamodule import Keys, data, fit, interrupt_after
 
@@ -104,7 +104,7 @@ def test_going_on_writes_the_lines_of_its_steps_once(tmp_path):
     first = interrupt_after(2)
     fit(tmp_path / "c", first, GracefulStop(), RunCheckpoint(tmp_path / "c"), datamodule=spoilt(tmp_path / "c"))
     going_on = spoilt(broken_off)  # as after a kill: its ledger already holds later steps than the checkpoint
-    fit(broken_off, resume=tmp_path / "c" / "last.ckpt", datamodule=going_on)
+    fit(broken_off, resume=newest(tmp_path / "c"), datamodule=going_on)
     assert lines(broken_off) == lines(whole)
     assert going_on.tally().refused == {"image": 2}
 

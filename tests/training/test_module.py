@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loggers import CSVLogger
-from small_run import PRETRAIN, Pages, small_model, small_module, small_processor, small_trainer
+from small_run import PRETRAIN, Pages, newest, small_model, small_module, small_processor, small_trainer
 
 from deepstack_pl.batch import MultimodalBatch, Reason, Refused
 from deepstack_pl.data.config import DataConfig
@@ -83,7 +83,7 @@ def test_each_part_warms_up_to_its_own_peak_and_decays(tmp_path):
 def test_a_finished_run_that_is_extended_goes_on_at_the_new_schedule_from_its_first_step(tmp_path):
     straight = fit(small_module(steps=8), tmp_path, 8).rates
     fit(small_module(steps=4), tmp_path, 4, [RunCheckpoint(tmp_path)], enable_checkpointing=True)
-    extended = fit(small_module(steps=8), tmp_path, 8, resume=tmp_path / "last.ckpt").rates
+    extended = fit(small_module(steps=8), tmp_path, 8, resume=newest(tmp_path)).rates
     assert extended == straight[4:]
     assert extended[0]["llm"] > 0
 
@@ -91,7 +91,7 @@ def test_a_finished_run_that_is_extended_goes_on_at_the_new_schedule_from_its_fi
 def test_an_ordinary_resume_keeps_every_rate_to_the_bit(tmp_path):
     straight = fit(small_module(steps=6), tmp_path, 6).rates
     fit(small_module(steps=6), tmp_path, 3, [RunCheckpoint(tmp_path)], enable_checkpointing=True)
-    assert fit(small_module(steps=6), tmp_path, 6, resume=tmp_path / "last.ckpt").rates == straight[3:]
+    assert fit(small_module(steps=6), tmp_path, 6, resume=newest(tmp_path)).rates == straight[3:]
 
 
 def test_frozen_parts_keep_every_bit(tmp_path):

@@ -1,5 +1,6 @@
 """From a RunConfig to everything that takes part in a run: the only place that sees all rooms."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from hydra.utils import instantiate
 from jaxtyping import Int
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -16,6 +19,11 @@ from numpy import ndarray
 from transformers.utils import CONFIG_NAME
 
 from deepstack_pl.cli.checks import check_vocabulary
+from deepstack_pl.cli.folders import CHECKPOINTS
+from deepstack_pl.cli.launch import wanted
+from deepstack_pl.cli.logs import loggers_of, profiler_of
+from deepstack_pl.cli.provenance import digest_of, versions
+from deepstack_pl.cli.schedule import settle_steps
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.data.config import Batching, StreamKind
 from deepstack_pl.data.folders import open_folder
@@ -32,6 +40,7 @@ from deepstack_pl.multimodal.config import build_plan
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.multimodal.start import load_weights
+from deepstack_pl.processes import in_turn, rank
 from deepstack_pl.training.counts import DataCounts
 from deepstack_pl.training.datamodule import DeepStackDataModule
 from deepstack_pl.training.guard import FirstStepGuard
@@ -39,7 +48,10 @@ from deepstack_pl.training.interrupt import GracefulStop
 from deepstack_pl.training.ledger import Ledger
 from deepstack_pl.training.module import DeepStackModule
 from deepstack_pl.training.parts import adapters_of, part_configs
+from deepstack_pl.training.sharding import shares_weights
+from deepstack_pl.training.strategies import make_strategy
 from deepstack_pl.training.throughput import Throughput
+from deepstack_pl.training.watchdog import Watchdog
 from deepstack_pl.vision.config import VisionInit
 
 SHIPPED = "shipped"
@@ -162,17 +174,23 @@ def assemble(run: RunConfig, folder: Path, *, fresh: bool = True) -> Assembly:
     Raises:
         ValueError: data, weights or a tokenizer are not at hand, or the Trainer does not take what it is given.
     """
-    steps = run.trainer["max_steps"]
-    start = origin(run, None if fresh else folder)
-    processor = make_processor(run, start)
-    check_vocabulary(run, processor)
-    train, val = open_data(run)  # after what is quick to refuse: it may write a whole set
+    loggers, start = loggers_of(run, folder), origin(run, None if fresh else folder)
+    with in_turn():
+        processor = make_processor(run, start)
+        check_vocabulary(run, processor)
+        train, val = open_data(run)  # after what is quick to refuse: it may write a whole set
+        lengths = lengths_of(train, processor, run)
+    steps = settle_steps(run, train, lengths)
     build = model_builder(run, processor.image_token_id, fresh=fresh, start=start)
+    if shares_weights(run.strategy) and rank():
+        build = partial(build, device="meta")  # process 0 hands the weights out
     module = DeepStackModule(build, run.stage, run.optim, steps)
-    module.configure_model()
+    with in_turn():
+        module.configure_model()
     generation, stop = GenerationCallback(val, processor, run.evaluation), GracefulStop()
     inspection = InspectionCallback(processor, generation)
-    callbacks = [*machines(run, folder), FirstStepGuard(), stop, generation, inspection, DataCounts()]
+    guards = [FirstStepGuard(), stop, Watchdog(folder, run.strategy)]
+    callbacks = [*machines(run, folder), *guards, generation, inspection, DataCounts()]
     return Assembly(
         processor=processor,
         train=train,
@@ -185,10 +203,10 @@ def assemble(run: RunConfig, folder: Path, *, fresh: bool = True) -> Assembly:
             run.data,
             run.seed,
             steps,
-            lengths=lengths_of(train, processor, run),
+            lengths=lengths,
             ledger=Ledger(folder),
         ),
-        trainer=build_trainer(run, folder, callbacks, logger_of(run, folder)),
+        trainer=build_trainer(run, folder, callbacks, loggers),
         inspection=inspection,
         stop=stop,
     )
@@ -223,32 +241,53 @@ def positions_of(processor: DeepStackProcessor, outline: Outline) -> int:
 
 def machines(run: RunConfig, folder: Path) -> list[Callback]:
     """The callbacks of conf; a checkpoint is told where."""
-    where = {"checkpoint": {"dirpath": str(folder / "checkpoints")}}
-    return [instantiate(values, **where.get(name, {})) for name, values in run.callbacks.items() if values]
+    facts = {"config": digest_of(run), "versions": versions()}
+    where = {"checkpoint": {"folder": str(folder / CHECKPOINTS), "facts": facts}}
+    chosen = [(name, values) for name, values in run.callbacks.items() if values]
+    return [instantiate({**values, "_convert_": "all"}, **where.get(name, {})) for name, values in chosen]
 
 
-def logger_of(run: RunConfig, folder: Path) -> Logger | None:
-    return instantiate(run.logger)(save_dir=str(folder)) if run.logger else None
+def device_of(run: RunConfig) -> torch.device:
+    """This process's device; whether it is there the Trainer finds out."""
+    accelerator = str(run.trainer.get("accelerator", "auto"))
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator not in ("gpu", "cuda"):
+        return torch.device(accelerator)
+    named = run.trainer.get("devices")
+    if "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device("cuda", named[0] if isinstance(named, list | tuple) else 0)
 
 
 def build_trainer(
-    run: RunConfig, folder: Path, callbacks: list[Callback], logger: Logger | None, **more: Any
+    run: RunConfig, folder: Path, callbacks: list[Callback], loggers: list[Logger], **more: Any
 ) -> lightning.Trainer:
     """conf's Trainer, over conf's machines. What an epoch is, and the samples' order, are not its affair.
 
     Raises:
         ValueError: an argument that it does not take, or a machine that is not there.
     """
-    make = instantiate({**run.trainer, **run.strategy, "_partial_": True})
+    make = instantiate({**run.trainer, "_partial_": True})
     assert isinstance(make, partial)
+    there = wanted(run)
+    device = device_of(run)
+    set_by_us = {
+        "strategy": make_strategy(run.strategy, device, there.world),
+        "devices": (make.keywords.get("devices") or 1) if there.world == 1 else there.devices,
+        "num_nodes": there.nodes,
+        "plugins": [LightningEnvironment()],  # SLURM's would answer signals in a way of its own
+        "accumulate_grad_batches": run.data.accumulation(there.world),
+        "profiler": profiler_of(make.keywords.get("profiler"), folder),
+    }
+    if shares_weights(run.strategy):
+        set_by_us["precision"] = "32-true"  # `shard` has seen to it
     ours = {
         "callbacks": callbacks,
-        "logger": logger or False,
+        "logger": loggers or False,
         "default_root_dir": str(folder),
         "gradient_clip_val": run.optim.clip_norm or None,
         "max_epochs": -1,
-        "accumulate_grad_batches": run.data.accumulation(),
-        "devices": 1,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
         "enable_model_summary": False,
@@ -256,6 +295,6 @@ def build_trainer(
         "enable_progress_bar": bool(run.callbacks.get("progress")),
     }
     try:
-        return make(**{**ours, **make.keywords, **more})
+        return make(**{**ours, **make.keywords, **set_by_us, **more})
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ValueError(f"trainer: {error} Check trainer= and strategy=.") from error

@@ -11,14 +11,15 @@ from huggingface_hub.errors import StrictDataclassError
 from hydra.utils import get_method
 from transformers.models.auto import CONFIG_MAPPING
 
+from deepstack_pl.cli.launch import wanted
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.language.config import Attention, LLMConfig
 from deepstack_pl.language.template import IMAGE, TEMPLATES
 from deepstack_pl.multimodal.build import OLDER, text_config
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.multimodal.start import require_weights
+from deepstack_pl.training.sharding import PRECISIONS, replicas_of, shares_weights
 
-_ONE_DEVICE = "Training over several devices is not supported yet"
 # Arguments of the Trainer that would make a run other than its config says, and what to say instead.
 _TAKEN = {
     "fast_dev_run": "it would end before max_steps and save nothing. dry_run=step tries one real step.",
@@ -29,7 +30,8 @@ _TAKEN = {
     "gradient_clip_val": "the optimiser's options say it: optim.clip_norm.",
     "accumulate_grad_batches": "it follows from data.batch_size (units a step) and data.micro_batch_size (units a "
     "forward). Say those.",
-    "num_nodes": f"{_ONE_DEVICE}. Leave it out.",
+    "strategy": "it has a group of its own: strategy=single, ddp, fsdp or fsdp_hybrid.",
+    "plugins": "processes, checkpoints and precision are the strategy's affair. Say strategy= and trainer.precision=.",
 }
 
 
@@ -53,22 +55,22 @@ def check(run: RunConfig, *, fresh: bool = True) -> None:
 
 def check_trainer(run: RunConfig) -> None:
     """Refuse what the Trainer does not take, what two places say, and what would break the run's promises."""
-    both = sorted(run.trainer.keys() & run.strategy.keys() - {"_target_"})
-    if both:
-        raise ValueError(
-            f"{both[0]} stands in trainer ({run.trainer[both[0]]}) and in strategy ({run.strategy[both[0]]}), and one "
-            f"would be ignored. Take it out of one: ~trainer.{both[0]} or ~strategy.{both[0]}."
-        )
     known = inspect.signature(get_method(run.trainer["_target_"])).parameters
-    for section, values in (("trainer", run.trainer), ("strategy", run.strategy)):
-        for name, value in values.items():
-            if name in _TAKEN:
-                raise ValueError(f"{section}.{name}={value}: {_TAKEN[name]}")
-            if name == "devices" and not _one(value):
-                raise ValueError(f"{section}.devices={value}: {_ONE_DEVICE}. Say {section}.devices=1.")
-            if name not in known and not name.startswith("_"):
-                hint = _near(name, known, f"{section}.")
-                raise ValueError(f"Unknown key {section}.{name}: lightning.Trainer takes no such argument.{hint}")
+    for name, value in run.trainer.items():
+        if name in _TAKEN:
+            raise ValueError(f"trainer.{name}={value}: {_TAKEN[name]}")
+        if name not in known and not name.startswith("_"):
+            hint = _near(name, known, "trainer.")
+            raise ValueError(f"Unknown key trainer.{name}: lightning.Trainer takes no such argument.{hint}")
+    precision = str(run.trainer.get("precision") or "32-true")
+    if shares_weights(run.strategy) and precision not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision={precision} with strategy={run.strategy.name}: there it is one of "
+            f"{', '.join(PRECISIONS)}. bfloat16 needs no loss scaler, which float16 does."
+        )
+    there = wanted(run)
+    run.data.accumulation(there.world)  # a step is as many whole micro-batches for each process
+    replicas_of(run.strategy, there.world, there.nodes)
 
 
 def check_architecture(llm: LLMConfig) -> None:
@@ -130,10 +132,6 @@ def check_vocabulary(run: RunConfig, processor: DeepStackProcessor) -> None:
             f"llm.architecture.vocab_size={rows}, but the tokenizer's largest id is {largest}: it would be looked up "
             f"beyond the embedding's last row. Use {largest + 1} or more, or the tokenizer of these weights."
         )
-
-
-def _one(devices: object) -> bool:
-    return devices in (1, "1") or (isinstance(devices, list | tuple) and len(devices) == 1)
 
 
 def _near(wrong: str, known: Iterable[str], prefix: str = "") -> str:

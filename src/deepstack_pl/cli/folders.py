@@ -3,9 +3,13 @@
 import os
 from pathlib import Path
 
+from deepstack_pl.training import checkpoints
+from deepstack_pl.training.checkpoints import Checkpoint
+
 OUTPUTS = Path("outputs")
 LATEST = OUTPUTS / "latest"
 CONFIG, RESULTS, RECEIPT = "config.yaml", "results.json", "receipt.json"
+CHECKPOINTS = "checkpoints"
 
 
 def relative(path: Path | str) -> str:
@@ -70,22 +74,18 @@ def newest() -> Path:
     )
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The file that the run in ``folder`` goes on from, if it left one."""
-    files = (folder / "checkpoints" / name for name in ("last.ckpt", "exception.ckpt"))
-    return next((file for file in files if file.is_file()), None)
-
-
-def checkpoint_of(folder: Path) -> Path:
-    """The file that the run in ``folder`` goes on from.
+def checkpoint_of(folder: Path) -> tuple[Checkpoint, list[str]]:
+    """What the run in ``folder`` goes on from: its newest checkpoint that looks whole; and a sentence for each newer
+    one that does not.
 
     Raises:
         ValueError: it left none.
     """
-    found = find_checkpoint(folder)
+    found, passed = checkpoints.newest(folder / CHECKPOINTS)
     if found is None:
+        why = " ".join(passed) or "It ended before its first one."
         raise ValueError(
-            f"{relative(folder)} holds no checkpoint to go on from: it ended before its first one. Start a new run, or "
-            "name another folder: ckpt_path=FOLDER."
+            f"{relative(folder)} holds no checkpoint to go on from. {why} Start a new run, or name another folder: "
+            "ckpt_path=FOLDER."
         )
-    return found
+    return found, passed

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Protocol
 
-from deepstack_pl.cli import convert, export, fetch, parity, shards
+from deepstack_pl.cli import consolidate, convert, export, fetch, parity, shards
 
 
 class Command(Protocol):
@@ -25,6 +25,7 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Command] = {
+    "consolidate": consolidate,
     "convert": convert,
     "export": export,
     "fetch": fetch,

@@ -1,4 +1,4 @@
-"""What ``dry_run=true`` says of memory: one training step on one device, predicted without data, weights or network."""
+"""What ``dry_run=true`` says of memory and of steps, of each device, without data, weights or network."""
 
 import torch
 from PIL import Image
@@ -7,6 +7,8 @@ from rich.table import Table
 
 from deepstack_pl.batch import MultimodalBatch, Record, Role, Turn
 from deepstack_pl.cli.assemble import SHIPPED
+from deepstack_pl.cli.launch import Machines, wanted
+from deepstack_pl.cli.schedule import expected_length
 from deepstack_pl.cli.trial import rows_of, worst_sample
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.language.config import TooLong
@@ -15,7 +17,9 @@ from deepstack_pl.multimodal.build import PARTS
 from deepstack_pl.multimodal.config import build_plan
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
+from deepstack_pl.training.config import Checkpointing, Spread
 from deepstack_pl.training.memory import ALLOWANCE, BACKWARD, LOSS, StepMemory, Unpredictable, predict
+from deepstack_pl.training.sharding import replicas_of
 from deepstack_pl.vision.views import full_grid_size
 
 # Bytes that torch finds on the least of the GPUs sold under these sizes: some keep a share for error correction.
@@ -25,23 +29,48 @@ CARDS = {"24 GB": 22.0 * 2**30, "40 GB": 39.4 * 2**30, "80 GB": 79.1 * 2**30}
 def print_memory(run: RunConfig, model: DeepStackForConditionalGeneration, console: Console) -> None:
     """Predict, and print it. ``model``, on the meta device and frozen as the stage says, is used up."""
     batch, gpu = longest_batch(run), run.trainer.get("accelerator") != "cpu"
+    there = wanted(run)
+    shares = there.world // replicas_of(run.strategy, there.world, there.nodes)
+    _say(console, spread_of(run, there, shares))
+    _say(console, step_of(run, batch, there.world))
     precision = str(run.trainer.get("precision") or "32-true")
     try:
-        found = predict(model, batch, precision, gpu=gpu)
+        found = predict(model, batch, precision, gpu=gpu, strategy=run.strategy, shares=shares)
     except Unpredictable as error:
-        console.print(f"memory: {error} dry_run=step measures it.", markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"memory: {error} dry_run=step measures it.")
         return
     rows, length = batch.input_ids.shape
-    where = "a GPU" if gpu else "the CPU"
+    device = "a GPU" if gpu else "the CPU"
+    where = device if there.world == 1 else f"each of {there.world} {'GPUs' if gpu else 'processes on the CPU'}"
     console.print(memory_table(found, f"memory of one step on {where}, predicted ({precision}, GiB)"))
     samples = "1 sample" if rows == 1 else f"{rows} samples"
-    console.print(
+    _say(
+        console,
         f"Micro-batches of {samples}, each as long as llm.max_length allows ({length:,} positions), with "
         f"{len(batch.views)} views in all. {verdict(found, gpu)} dry_run=step measures the longest that there are.",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
     )
+
+
+def spread_of(run: RunConfig, there: Machines, shares: int) -> str:
+    """What each process holds, and computes twice."""
+    kind, how = run.strategy.kind, run.strategy.checkpointing
+    across = f" on {there.nodes} machines" if there.nodes > 1 else ""
+    said = f"{run.strategy.name}: {there.world} {'process' if there.world == 1 else 'processes'}{across}"
+    if kind is Spread.ddp:
+        said += ", each with the whole model"
+    elif kind is not Spread.single:
+        times = f", {there.world // shares} times" if there.world > shares else ""
+        said += f"; weights, gradients and AdamW's states in {shares} shares{times}"
+    again = "kept" if how is Checkpointing.none else f"computed again ({how.name})"
+    return f"{said}. Activations are {again}."
+
+
+def step_of(run: RunConfig, batch: MultimodalBatch, processes: int) -> str:
+    """What an optimiser step is, and how many there are."""
+    (rows, length), accumulation = batch.input_ids.shape, run.data.accumulation(processes)
+    each = f"{accumulation} micro-batch{'' if accumulation == 1 else 'es'} of {rows} in each process"
+    most = rows * length * accumulation * processes
+    return f"A step: {each}, at most {most:,} positions in all. A run: {expected_length(run)}"
 
 
 def longest_batch(run: RunConfig) -> MultimodalBatch:
@@ -60,7 +89,7 @@ def longest_batch(run: RunConfig) -> MultimodalBatch:
     turns = (Turn(Role.user, "<image>\n?"), Turn(Role.assistant, "."))
     sample = processor.prepare(Record(key="", turns=turns, images=(image,)))
     sample = worst_sample([sample], run.data, run.llm.max_length)
-    return processor.collate([sample] * rows_of(run.data, len(sample.input_ids)))
+    return processor.collate([sample] * rows_of(run.data, len(sample.input_ids), wanted(run).world))
 
 
 def memory_table(found: StepMemory, title: str) -> Table:
@@ -72,7 +101,9 @@ def memory_table(found: StepMemory, title: str) -> Table:
     for term, by_part in held.items():
         table.add_row(term, *_cells(by_part))
     table.add_row("activations at worst", *_cells(found.peak, LOSS, BACKWARD))
-    if found.update > sum(found.peak.values()):
+    if found.gathered:
+        table.add_row("weights gathered", *[""] * (len(PARTS) + 1), _gib(found.gathered))
+    if found.update > sum(found.peak.values()) + found.gathered:
         table.add_row("AdamW's step, instead", *[""] * (len(PARTS) + 1), _gib(found.update))
     table.add_row("together", *[""] * (len(PARTS) + 1), _gib(found.total))
     table.caption = (
@@ -96,6 +127,10 @@ def verdict(found: StepMemory, gpu: bool) -> str:
         does = "fits" if needed <= here.total_memory else "does not fit"
         says += f" It {does} in the {here.name} here ({_gib(here.total_memory)} GiB)."
     return says
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _cells(by_part: dict[str, int], *more: str) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from deepstack_pl.config.run import RunConfig
@@ -19,6 +20,7 @@ from deepstack_pl.data.pipeline import PipelineSource
 from deepstack_pl.data.sources import Source
 from deepstack_pl.multimodal.build import parts
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.processes import several, world
 from deepstack_pl.training.tally import Tally
 
 _PACKAGES = {
@@ -35,6 +37,11 @@ _PACKAGES = {
 def versions() -> dict[str, str]:
     """Of Python and of whatever computes."""
     return {"python": platform.python_version(), **{name: version(package) for name, package in _PACKAGES.items()}}
+
+
+def digest_of(run: RunConfig) -> str:
+    """Of all its values."""
+    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(run)).encode()).hexdigest()[:16]
 
 
 def without_passwords(command: str) -> str:
@@ -89,10 +96,11 @@ def _process_peak() -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """What computed."""
+    """What computed, and how many of them."""
+    name = f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+        name = torch.cuda.get_device_name(device)
+    return f"{world()} x {name}" if several() else name
 
 
 def data_of(train: Source | PipelineSource, val: Source, run: RunConfig) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deepstack_pl.cli.folders import RESULTS, find_checkpoint, relative, write_text
+from deepstack_pl.cli.folders import CHECKPOINTS, RESULTS, relative, write_text
+from deepstack_pl.training.checkpoints import all_of
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
@@ -97,6 +98,6 @@ def print_report(console: Console, results: dict[str, Any], folder: Path) -> Non
         console.print(line, soft_wrap=True, highlight=False)
     if results["interrupted"]:
         line = f"Interrupted at step {results['steps']}."
-        if find_checkpoint(folder):
+        if all_of(folder / CHECKPOINTS):
             line += f" To go on: python train.py ckpt_path={relative(folder)}"
         console.print(line, soft_wrap=True, highlight=False)

@@ -4,7 +4,6 @@ Handled before Hydra: what the run was composed of is on disk, and today's conf/
 """
 
 import json
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from deepstack_pl.cli.folders import CONFIG, RESULTS, checkpoint_of, newest, relative
+from deepstack_pl.cli.folders import CHECKPOINTS, CONFIG, RESULTS, checkpoint_of, newest, relative
 from deepstack_pl.config.load import load
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.config.schema import Kind, Schema
+from deepstack_pl.training.checkpoints import Checkpoint, all_of, verify
 
 # What a run may change on its way: machines, and where things lie. Everything else is the experiment itself.
 FREE = (
@@ -40,12 +40,20 @@ FREE = (
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """A run to go on with."""
+    """A run to go on with.
+
+    Attributes:
+        checkpoint: a folder; what it holds is verified where it is read.
+        named: the user named this very checkpoint: no other will do.
+        notes: what is to be said of newer ones that were passed over.
+    """
 
     run: RunConfig
     folder: Path
     checkpoint: Path
     results: dict[str, Any]
+    named: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def asked_for(overrides: Sequence[Override]) -> str | None:
@@ -84,53 +92,58 @@ def prepare(wanted: str, overrides: Sequence[Override], flags: Sequence[str], sc
             "learning rate's decay then ends there); to start a new run from its weights, "
             f"init_from={relative(folder)}."
         )
-    return Resumed(run, folder, _checkpoint(wanted, folder), results)
+    checkpoint, notes = _checkpoint(wanted, folder)
+    return Resumed(run, folder, checkpoint.folder, results, _names_checkpoint(Path(wanted)), tuple(notes))
 
 
-def step_of(checkpoint: Path) -> int:
-    """The optimiser steps behind ``checkpoint``, by its own count.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    return int(_read(checkpoint, "global_step"))
-
-
-def data_state_of(checkpoint: Path) -> dict[str, Any]:
-    """What the datamodule said when ``checkpoint`` was written.
+def whole(resumed: Resumed) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint to go on from, every byte of it verified, and a sentence for each newer one passed over. All
+    processes must call it: each looks at a part of the files.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: none is whole, or the one that was named is not.
     """
-    return _read(checkpoint, "DeepStackDataModule")
+    from deepstack_pl.processes import from_all, rank, world  # here, because refusals must not wait for torch
+
+    passed: list[str] = []
+    for checkpoint in all_of(resumed.folder / CHECKPOINTS):
+        if resumed.named and checkpoint.folder.name != resumed.checkpoint.name:
+            continue
+        problems = {p for each in from_all(verify(checkpoint, share=(rank(), world()))) for p in each}
+        if not problems:
+            return checkpoint, passed
+        passed.append(f"{relative(checkpoint.folder)} is damaged and passed over: {'; '.join(sorted(problems)[:3])}.")
+    raise ValueError(
+        f"{relative(resumed.folder)} holds no checkpoint that is whole. {' '.join(passed)} Start a new run, or from "
+        "other weights with init_from."
+    )
 
 
-def _read(checkpoint: Path, name: str) -> Any:
-    import torch  # here, because refusals must not wait for it
-
-    try:
-        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[name]
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{relative(checkpoint)} cannot be read as a checkpoint ({first}). Name another, "
-            "ckpt_path=RUN/checkpoints/FILE, if the run left one."
-        ) from error
-
-
-def _checkpoint(wanted: str, folder: Path) -> Path:
-    """The very file where one is named, else the run's newest."""
+def _checkpoint(wanted: str, folder: Path) -> tuple[Checkpoint, list[str]]:
+    """The very one that is named, else the run's newest; sizes are looked at."""
     named = Path(wanted)
-    if named.suffix != ".ckpt":
+    if not _names_checkpoint(named):
         return checkpoint_of(folder)
-    if not named.is_file():
-        there = ", ".join(file.name for file in sorted(named.parent.glob("*.ckpt"))) or "none"
-        raise ValueError(f"ckpt_path={wanted}: there is no such file. Checkpoints of this run: {there}.")
-    return named
+    there = {checkpoint.folder.name: checkpoint for checkpoint in all_of(folder / CHECKPOINTS)}
+    if named.name not in there:
+        raise ValueError(
+            f"ckpt_path={wanted}: there is no such checkpoint. Those of this run: {', '.join(there) or 'none'}."
+        )
+    problems = verify(there[named.name], deep=False)
+    if problems:
+        raise ValueError(
+            f"ckpt_path={wanted} is damaged: {'; '.join(problems[:3])}. Name another of this run: {', '.join(there)}."
+        )
+    return there[named.name], []
+
+
+def _names_checkpoint(named: Path) -> bool:
+    """Whether it is RUN/checkpoints/step-N and not RUN."""
+    return named.parent.name == CHECKPOINTS
 
 
 def _folder(named: Path) -> Path:
-    folder = named.parent.parent if named.suffix == ".ckpt" else named
+    folder = named.parent.parent if _names_checkpoint(named) else named
     if not (folder / CONFIG).is_file():
         raise ValueError(
             f"ckpt_path={named}: there is no run ({folder / CONFIG} does not exist). Give a run's folder, or last for "

@@ -17,26 +17,34 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils.logging import disable_progress_bar
 
+from deepstack_pl import processes
 from deepstack_pl.cli import checks, provenance
 from deepstack_pl.cli.assemble import Assembly, assemble, model_builder, settle
 from deepstack_pl.cli.folders import CONFIG, RECEIPT, checkpoint_of, claim, relative, remember, write_text
+from deepstack_pl.cli.launch import launch, require_group, started, wanted
 from deepstack_pl.cli.memory import print_memory
 from deepstack_pl.cli.report import print_report, write_results
-from deepstack_pl.cli.resume import Resumed, data_state_of, step_of
+from deepstack_pl.cli.resume import Resumed, whole
+from deepstack_pl.cli.spread import spread
 from deepstack_pl.cli.trial import one_step
 from deepstack_pl.config.load import save
 from deepstack_pl.config.run import DryRun, RunConfig
 from deepstack_pl.evaluation.callback import log_results
 from deepstack_pl.evaluation.runner import evaluate
-from deepstack_pl.inspection.receipt import take_receipt
+from deepstack_pl.inspection.record import Receipt
 from deepstack_pl.multimodal.config import build_plan
+from deepstack_pl.processes import from_all, from_first, rank
+from deepstack_pl.training.interrupt import PREEMPTED
 from deepstack_pl.training.parts import apply_stage
+from deepstack_pl.training.restore import read_plain
+from deepstack_pl.training.sharding import gathered
 
 _KNOWN = (  # Lightning's advice that does not apply here
     ".*does not have many workers.*",
     ".*`val_dataloader`.*",
     ".*isinstance.*LeafSpec.*",
     ".*smaller than the logging interval.*",
+    "FSDP2-wrapped module .* returned a view tensor.*",  # nothing here works in place on what a module returns
 )
 # What a resume keeps of the results on disk: the rest is said anew, by what runs now.
 _KEPT = ("metrics", "seconds", "tokens_per_second", "init_digest", "architecture_digest", "init_from", "arm", "starts")
@@ -47,13 +55,31 @@ def execute(
 ) -> bool:
     """Run ``run`` in ``folder``, or try it as ``dry_run`` says; whether Ctrl-C ended it. ``command`` is for the record.
 
+    Where several processes are wanted and this is none of them yet, they are started, each calls this again, and
+    their end is waited for.
+
     Raises:
         ValueError: something that the user can mend.
+        SystemExit: the machine was wanted for something else (`interrupt.PREEMPTED`).
     """
-    console, memory = Console(), provenance.Memory.begin()
+    checks.check(run, fresh=resumed is None)
+    several = wanted(run).world > 1 and run.trial is not DryRun.true
+    if several and not started():
+        return launch(run, folder, command, arm, resumed)
+    if several:
+        require_group(wanted(run))
+        processes.join(run.strategy.start_timeout)
+    try:
+        return _here(run, Path(from_first(str(folder))), command, arm, resumed)
+    finally:
+        processes.leave()
+
+
+def _here(run: RunConfig, folder: Path, command: str, arm: Sequence[str], resumed: Resumed | None) -> bool:
+    """`execute`, in this process."""
+    console, memory = Console(quiet=rank() > 0), provenance.Memory.begin()
     _be_quiet()
     _share_cores(run)
-    checks.check(run, fresh=resumed is None)
     notes = settle(run)
     if run.init_from and resumed is None:
         notes.append(f"starting from the weights of {relative(run.init_from)}")
@@ -68,11 +94,14 @@ def execute(
         console.print(apply_stage(model, run.stage).table())
         print_memory(run, model, console)
         return False
+    epochs = run.data.epochs
     work = assemble(run, folder, fresh=resumed is None)
     for split, source in (("training", work.train), ("validation", work.val)):
         console.print(f"{split}: {source.describe()}", markup=False, highlight=False, soft_wrap=True)
     if work.datamodule.stream is not None:
         console.print(f"order: {work.datamodule.stream.describe()}", markup=False, highlight=False, soft_wrap=True)
+    if epochs is not None:
+        console.print(f"data.epochs={epochs:g}: {run.trainer['max_steps']:,} steps", highlight=False, soft_wrap=True)
     assert work.module.parts is not None
     console.print(work.module.parts.table())
     if run.trial is DryRun.step:
@@ -95,14 +124,19 @@ class _Run:
     memory: provenance.Memory
 
     def whole(self) -> bool:
-        self.start = 0
+        self.start, self.checkpoint = 0, None
         if self.resumed:  # what is refused changes nothing on disk
-            self.start = step_of(self.resumed.checkpoint)
-            self.work.datamodule.require_same(data_state_of(self.resumed.checkpoint))
-        self.results = self._begin()
+            found, passed = whole(self.resumed)
+            for line in [*self.resumed.notes, *passed]:
+                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self.start, self.checkpoint = found.step, found.folder
+            self.work.datamodule.require_same(read_plain(found)[type(self.work.datamodule).__name__])
+        self.results = from_first(self._begin() if self.first else {})
         try:
-            self._receipt()
+            self._spread()
             self._fit()
+            if self.work.stop.preempted:
+                return self._preempted()
             self._evaluate()
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt)
@@ -112,11 +146,28 @@ class _Run:
             tally = self.work.datamodule.tally_here()
             if tally.seen:
                 self.results["data"] |= provenance.counts(tally)
-            write_results(self.folder, self.results)
-            self._say_how_to_go_on(error)
+            self._write()
+            self._say_how_to_go_on(f"Stopped by {type(error).__name__}")
             raise
-        print_report(self.console, self.results, self.folder)
+        if self.first:
+            print_report(self.console, self.results, self.folder)
         return self.work.stop.interrupted
+
+    @property
+    def first(self) -> bool:
+        """Process 0 writes and says what is of all."""
+        return rank() == 0
+
+    def _write(self) -> None:
+        if self.first:
+            write_results(self.folder, self.results)
+
+    def _preempted(self) -> bool:
+        """Nothing more than is needed to go on: time is short."""
+        self.results |= {"status": "interrupted", "interrupted": True, "reason": "the machine was wanted"}
+        self._write()
+        self._say_how_to_go_on("Preempted")
+        raise SystemExit(PREEMPTED)
 
     @property
     def _step(self) -> int:
@@ -135,7 +186,7 @@ class _Run:
             before = self.resumed.results.get("data", {})
             started["data"] |= {name: before[name] for name in ("order_digest", "trained") if name in before}
             self.console.print(
-                f"going on with {relative(self.folder)} from {relative(self.resumed.checkpoint)} (step {self.start})",
+                f"going on with {relative(self.folder)} from {relative(self.checkpoint or '')} (step {self.start})",
                 soft_wrap=True,
                 highlight=False,
             )
@@ -149,19 +200,20 @@ class _Run:
         remember(self.folder)
         return started
 
-    def _receipt(self) -> None:
-        """Taken here, so that it is on disk and on the terminal before anything can fail on it."""
-        self.work.module.to(self.work.trainer.strategy.root_device)
-        receipt = take_receipt(self.work.module.network, self.work.processor)
-        self.work.inspection.receipt = receipt
-        write_text(self.folder / RECEIPT, json.dumps(receipt.to_dict(), indent=2) + "\n")
+    def _spread(self) -> None:
+        """The receipt, taken here, so that it is on disk and on the terminal before anything can fail on it; then what
+        is put on the model from outside.
+        """
+        receipt = self.work.inspection.receipt = spread(self.run, self.work, self._keep, self.console)
         self.results["receipt"] = {"ok": receipt.ok, "injections": len(receipt.rows)}
+
+    def _keep(self, receipt: Receipt) -> None:
+        write_text(self.folder / RECEIPT, json.dumps(receipt.to_dict(), indent=2) + "\n")
         self.console.print(receipt.table())
-        receipt.require()
 
     def _fit(self) -> None:
         start, work = time.perf_counter(), self.work
-        checkpoint = str(self.resumed.checkpoint) if self.resumed else None
+        checkpoint = str(self.checkpoint) if self.checkpoint else None
         try:
             work.trainer.fit(work.module, datamodule=work.datamodule, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:  # what Lightning makes of a Ctrl-C that did not end in good order
@@ -172,9 +224,16 @@ class _Run:
             self._count(time.perf_counter() - start)
         self.results |= {"steps": self._step, "interrupted": self._step < self.run.trainer["max_steps"]}
         self.results["data"] |= provenance.counts(work.datamodule.tally())
-        (self.folder / "hparams.yaml").unlink(missing_ok=True)  # the TensorBoard logger's; config.yaml says it all
-        work.module.network.save_pretrained(self.folder)
-        work.processor.save_pretrained(self.folder)
+        skipped = work.module.skipped
+        if skipped:
+            self.results["skipped_steps"] = [step for step, _ in skipped]
+        if work.stop.preempted:
+            return
+        weights = gathered(work.module.network)
+        if self.first:
+            (self.folder / "hparams.yaml").unlink(missing_ok=True)  # the TensorBoard logger's; config.yaml says it all
+            work.module.network.save_pretrained(self.folder, state_dict=weights)
+            work.processor.save_pretrained(self.folder)
 
     def _count(self, took: float) -> None:
         """Time and speed of all starts together; a start that only evaluates leaves them as they were."""
@@ -194,23 +253,26 @@ class _Run:
         network = self.work.module.to(self.work.trainer.strategy.root_device).network
         with _bar(self.console) as progress:
             found = evaluate(network, self.work.processor, self.work.val, config, config.final_samples, progress)
+        peaks = from_all(self.memory.peaks())
+        if not self.first:
+            return
         log_results(self.work.trainer.loggers, found, self._step, prefix="final")
         lines = [json.dumps(record.to_dict(), ensure_ascii=False) for record in found.records]
         write_text(self.folder / "predictions.jsonl", "\n".join(lines) + "\n")
         self.results["seconds"]["evaluate"] += time.perf_counter() - start
         status = "interrupted" if self.results["interrupted"] else "finished"
-        peaks = self.memory.peaks()
-        self.results |= {"status": status, "metrics": found.metrics, "peak_memory_bytes": peaks}
+        most = {name: max(each.get(name, 0) for each in peaks) for name in peaks[0]}  # of any one process
+        self.results |= {"status": status, "metrics": found.metrics, "peak_memory_bytes": most}
         self.results["not_asked"] = list(found.not_asked)
         write_results(self.folder, self.results)
 
-    def _say_how_to_go_on(self, error: BaseException) -> None:
+    def _say_how_to_go_on(self, ended: str) -> None:
         try:
-            back = step_of(checkpoint_of(self.folder))
+            back = checkpoint_of(self.folder)[0].step
         except ValueError:
             return  # nothing was saved, or not to the end
         self.console.print(
-            f"Stopped by {type(error).__name__} at step {self._step}. To go on from step {back}, the newest "
+            f"{ended} at step {self._step}. To go on from step {back}, the newest "
             f"checkpoint's: python train.py ckpt_path={relative(self.folder)}",
             markup=False,
             highlight=False,

@@ -65,7 +65,7 @@ class Jobs:
     command: str
     failed: bool = False
     interrupted: bool = False
-    stopped: bool = False  # at once, without a report
+    stopped: int = 0  # the exit status of an end at once, without a report
 
     def __call__(self, composed: DictConfig) -> None:
         hydra_config = HydraConfig.get()
@@ -93,7 +93,8 @@ class Jobs:
         try:
             self._start(composed, folder, arm)
         except (KeyboardInterrupt, SystemExit) as error:
-            self.interrupted = self.stopped = True
+            self.interrupted = True
+            self.stopped = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 130
             reason = "stopped at once by Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"exit {error.code}"
             print(f"{', '.join(arm)}: {reason}", file=sys.stderr)
             self._leave_out(folder, arm, reason, "interrupted", tried)
@@ -137,7 +138,7 @@ def main(conf: Path, argv: Sequence[str]) -> int:
         jobs = Jobs(schema, command)
         with _argv([*line.flags, *line.overrides, *_arm_names(overrides)]):
             _hydra(conf, jobs)
-        return 130 if jobs.stopped else int(jobs.failed)
+        return jobs.stopped or int(jobs.failed)
     except KeyboardInterrupt:
         print("stopped at once", file=sys.stderr)
         return 130

@@ -12,12 +12,13 @@ from deepstack_pl.batch import MultimodalBatch, Record, Refused, Sample
 from deepstack_pl.cli.assemble import Assembly, build_trainer
 from deepstack_pl.cli.provenance import Memory
 from deepstack_pl.cli.report import duration
+from deepstack_pl.cli.spread import spread
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.data.config import Batching, DataConfig
 from deepstack_pl.data.pipeline import PipelineSource
 from deepstack_pl.data.sources import Source
-from deepstack_pl.inspection.receipt import take_receipt
 from deepstack_pl.multimodal.processor import DeepStackProcessor
+from deepstack_pl.processes import world
 from deepstack_pl.vision.views import full_grid_size
 
 _LOOKED_AT = 256  # samples among which a trial step looks for the longest
@@ -28,15 +29,15 @@ def one_step(run: RunConfig, folder: Path, work: Assembly, console: Console, mem
     as any, images filling the largest grid. Of ``data.token_budget``, all, with the most views that it holds.
     """
     processor = work.processor
-    take_receipt(work.module.network, processor).require()
+    spread(run, work, lambda receipt: console.print(receipt.table()), console)
     streamed = isinstance(work.train, PipelineSource)  # nothing is known of its samples: those of validation stand in
     samples = _looked_at(work.val if isinstance(work.train, PipelineSource) else work.train, processor)
     unknown = streamed or run.data.batching is Batching.token_budget  # there rows may be as long as the budget leaves
     longest = run.llm.max_length if unknown else max(len(sample.input_ids) for sample in samples)
     sample = worst_sample(samples, run.data, longest)
-    batch = processor.collate([sample] * rows_of(run.data, len(sample.input_ids)))
+    batch = processor.collate([sample] * rows_of(run.data, len(sample.input_ids), world()))
     once = {"max_steps": 1, "accumulate_grad_batches": 1, "log_every_n_steps": 1}
-    trainer = build_trainer(run, folder, [], None, **once, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = build_trainer(run, folder, [], [], **once, enable_checkpointing=False, enable_progress_bar=False)
     start = time.perf_counter()
     trainer.fit(work.module, train_dataloaders=_Once(batch))
     rows, length = batch.input_ids.shape
@@ -59,10 +60,10 @@ class _Once:
         yield self.batch
 
 
-def rows_of(config: DataConfig, length: int) -> int:
-    """Samples of ``length`` positions in one forward."""
+def rows_of(config: DataConfig, length: int, processes: int = 1) -> int:
+    """Samples of ``length`` positions in one forward of one of ``processes``."""
     each = max(1, config.token_budget // length) if config.batching is Batching.token_budget else 1
-    return config.micro_batch() * each
+    return config.micro_batch(processes) * each
 
 
 def _looked_at(source: Source, processor: DeepStackProcessor) -> list[Sample]:

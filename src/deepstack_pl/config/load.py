@@ -53,6 +53,9 @@ def load(file: Path, overrides: list[str]) -> RunConfig:
     except YAMLError as error:
         told = " ".join(str(error).split())
         raise ValueError(f"{file} is damaged ({told}). Restore it: a run is what its config.yaml says.") from error
+    assert isinstance(saved, DictConfig)
+    if "strategy" in saved.get("strategy", {}):  # of before there were strategies: the Trainer's own arguments
+        saved["strategy"] = {"name": "single"}
     merged = OmegaConf.merge(OmegaConf.structured(RunConfig), saved)
     return from_hydra(OmegaConf.merge(merged, OmegaConf.from_dotlist(overrides)))
 

@@ -9,7 +9,7 @@ from deepstack_pl.evaluation.config import EvaluationConfig
 from deepstack_pl.language.config import LLMConfig
 from deepstack_pl.multimodal.config import ProjectorConfig
 from deepstack_pl.stacking.config import ModelConfig
-from deepstack_pl.training.config import OptimConfig, StageConfig
+from deepstack_pl.training.config import OptimConfig, StageConfig, StrategyConfig
 from deepstack_pl.vision.config import VisionConfig
 
 
@@ -36,7 +36,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
-    strategy: dict[str, Any] = field(default_factory=dict)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
     logger: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)
 

@@ -103,10 +103,23 @@ def _check_read(data: DataConfig) -> None:
 
 
 def _check_steps(run: RunConfig) -> None:
-    steps = run.trainer.get("max_steps")
+    steps, epochs = run.trainer.get("max_steps"), run.data.epochs
+    if epochs is not None and steps is not None:
+        raise ValueError(
+            f"data.epochs={epochs:g} and trainer.max_steps={steps}: a run has one length. Say "
+            "trainer.max_steps=null, or data.epochs=null."
+        )
+    if epochs is not None and run.data.stream is StreamKind.webdataset:
+        raise ValueError(
+            f"data.epochs={epochs:g} with data.stream=webdataset: how many samples there are, nobody knows before the "
+            "last is read. Say data.epochs=null trainer.max_steps=N."
+        )
+    if epochs is not None:
+        return
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(
-            f"trainer.max_steps={steps}: a run is so many steps, 1 or more; the learning rate's decay ends there."
+            f"trainer.max_steps={steps}: a run is so many steps, 1 or more; the learning rate's decay ends there. Or "
+            "say trainer.max_steps=null data.epochs=N."
         )
 
 

@@ -148,6 +148,7 @@ class DataConfig:
     token_budget: int = 16384  # batching=token_budget: positions of one micro-batch, padding included
     remainder: Remainder = Remainder.pad
     workers: int = 1
+    epochs: float | None = None  # how often a run goes through the samples, instead of trainer.max_steps
 
     max_refused: float = 0.0  # share of an epoch's samples that may be unreadable or untrainable before the run stops
     max_cut: float = 0.05  # share that may be cut because they are too long
@@ -164,6 +165,8 @@ class DataConfig:
         ):
             if value < least:
                 raise ValueError(f"data.{name}={value}: use {least} or more.")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ValueError(f"data.epochs={self.epochs}: use more than 0, or null and trainer.max_steps=N.")
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
             raise ValueError(
                 f"data.micro_batch_size={self.micro_batch_size} does not divide data.batch_size={self.batch_size}: "

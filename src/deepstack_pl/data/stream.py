@@ -9,7 +9,9 @@ or workers read, and where a run goes on is four numbers, a `Position`.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import islice
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -120,6 +122,16 @@ class Stream:
         assert self._planner is None
         full, rest = divmod(self.samples, self.config.batch_size)
         return full + (rest > 0 and self.config.remainder is Remainder.pad)
+
+    def steps(self, epochs: float) -> int:
+        """Optimiser steps in so many epochs, rounded down, 1 at least: full batches of samples, or, where batches are
+        planned in windows, as many as there are.
+        """
+        exact = Fraction(str(epochs))
+        if self._planner is None:
+            return max(1, int(exact * self.samples / self.config.batch_size))
+        counts = [sum(1 for _ in self.epoch_batches(epoch)) for epoch in range(ceil(epochs))]
+        return max(1, int(sum(counts) - (len(counts) - exact) * counts[-1]))
 
     def describe(self) -> str:
         """One line for the log: what an epoch is."""

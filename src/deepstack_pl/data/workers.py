@@ -3,6 +3,7 @@
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,9 +20,18 @@ _NAMED = 3  # samples of a batch that did not come
 
 
 def start_worker(_worker: int = 0) -> None:
-    """Ctrl-C is the main process's to answer, and workers take one core each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals are the main process's to answer, and workers take one core each."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave_it)
     torch.set_num_threads(1)
+
+
+def _leave_it(number: int, frame: FrameType | None) -> None:
+    """A batch system sends its SIGTERM to every process of a job: the main one still takes batches until its step is
+    done. The second is meant.
+    """
+    signal.signal(number, signal.SIG_DFL)
 
 
 class PreparedSource(Dataset[Sample | list[Sample]]):

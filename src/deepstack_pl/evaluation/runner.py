@@ -18,6 +18,7 @@ from deepstack_pl.language import ends
 from deepstack_pl.language.conversation import encode, encode_prompt
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor, generation_inputs
+from deepstack_pl.processes import from_all, rank, whole, world
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def evaluate(
     progress: Progress | None = None,
 ) -> Results:
     """Answer the first ``samples`` samples of ``source`` and score them, but for those that cannot be asked. Uses no
-    random numbers; leaves modes alone.
+    random numbers; leaves modes alone. Processes share the batches, and all get all results.
 
     Raises:
         ValueError: there is nothing to evaluate, or a sample has no answer to compare with.
@@ -76,8 +77,8 @@ def evaluate(
     task = progress.add_task("evaluating", total=count) if progress else None
     records: list[SampleResult] = []
     left, stops = [], stop_ids(processor)
-    with evaluating(model):
-        for start in range(0, count, config.batch_size):
+    with whole(model), evaluating(model):
+        for start in range(rank() * config.batch_size, count, world() * config.batch_size):
             indices = range(start, min(start + config.batch_size, count))
             batch: list[tuple[int, Record]] = []
             for index in indices:
@@ -92,6 +93,8 @@ def evaluate(
                 records += [_result(*each, answer) for each, answer in zip(batch, predictions, strict=True)]
             if progress and task is not None:
                 progress.advance(task, len(indices))
+    records = sorted((r for each in from_all(records) for r in each), key=lambda record: record.index)
+    left = [why for each in from_all(left) for why in each]
     if not records:
         raise ValueError(f"nothing to evaluate: none of {count} samples can be asked; {left[0]}")
     metric = FactAccuracy(sorted({record.kind for record in records}), config.confidence)
@@ -110,6 +113,7 @@ def generate(
         **generation_inputs(batch),
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        synced_gpus=False,  # processes answer different questions, each with the whole model
         pad_token_id=processor.tokenizer.pad_token_id,
         eos_token_id=stop_ids(processor),
     )

@@ -17,6 +17,7 @@ from deepstack_pl.inspection.receipt import take_receipt
 from deepstack_pl.inspection.record import Receipt
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
+from deepstack_pl.processes import whole
 
 
 class Parts(Protocol):
@@ -109,9 +110,12 @@ class InspectionCallback(lightning.Callback):
             return
         self._shown = self.validation.last_step
         writers = _writers(trainer)
-        if not writers or not self.validation.pages:
+        if not self.validation.pages:
             return
-        strengths = injection_strengths(_ours(pl_module)[0], self.processor, [r for r, _ in self.validation.pages])
+        network, strengths = _ours(pl_module)[0], {}
+        with whole(network):
+            if writers:
+                strengths = injection_strengths(network, self.processor, [r for r, _ in self.validation.pages])
         for writer in writers:
             for name, value in strengths.items():
                 writer.add_scalar(name, value, self._shown)

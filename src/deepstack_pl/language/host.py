@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deepstack_pl.stacking.config import Dealt, Host
-from deepstack_pl.stacking.injection import InjectionTrace, inject
+from deepstack_pl.stacking.injection import Traces, inject
 from deepstack_pl.stacking.plan import Injection, Plan
 
 CARRIER = "injection"
@@ -27,7 +27,7 @@ class Carrier(TypedDict):
     features: Float[Tensor, "g n d"]
     index: Int[Tensor, "b t"]
     scales: Float[Tensor, " gated"] | None
-    traces: list[InjectionTrace] | None
+    traces: Traces | None
 
 
 class InjectionHook:

@@ -33,7 +33,7 @@ from deepstack_pl.multimodal.lora import add_adapters
 from deepstack_pl.multimodal.merge import merge
 from deepstack_pl.multimodal.projector import build_own_projectors, build_projector
 from deepstack_pl.stacking.config import Host, Newline, Sequence
-from deepstack_pl.stacking.injection import InjectionTrace
+from deepstack_pl.stacking.injection import InjectionTrace, Traces
 from deepstack_pl.vision.encoder import VisionEncoder
 
 
@@ -133,6 +133,10 @@ class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
                 add_adapters(part, *hosts[part], values)
         self.config.lora = {part: asdict(values) for part, values in lora.items()}
 
+    def blocks(self) -> list[nn.Module]:
+        """What repeats, in the order in which it runs: the tower's blocks, then the LLM's layers."""
+        return [*self.vision_tower.tower.blocks, *decoder_layers(self.language_model)]
+
     def unreachable(self) -> list[str]:
         """Parameters that the plan cannot reach; they are frozen at build."""
         return [f"vision_tower.tower.{name}" for name in self.vision_tower.tower.unreachable()]
@@ -176,7 +180,7 @@ class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
         Raises:
             ValueError: some of the visual arguments are missing, or placeholders stand without an image.
         """
-        traces: list[InjectionTrace] | None = [] if record else None
+        traces = Traces() if record else None
         visual = (views, token_index, sequence_rows, group_rows, vit_rows)
         if encoded is None and any(v is not None for v in visual):
             if views is None or token_index is None or sequence_rows is None or group_rows is None or vit_rows is None:
@@ -212,7 +216,7 @@ class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
-            record=traces,
+            record=None if traces is None else traces.data,
         )
 
     def encode(
@@ -221,7 +225,7 @@ class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
         vit_rows: Int[Tensor, "h m"],
         sequence_rows: Int[Tensor, " n"],
         group_rows: Int[Tensor, "g n"],
-        traces: list[InjectionTrace] | None = None,
+        traces: Traces | None = None,
     ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "_ n d"]]:
         """The visual tokens of the text, and of each group that enters the LLM: one tower call a step."""
         features = self.vision_tower(views, vit_rows, self._scales(Host.vit), traces)

@@ -3,6 +3,7 @@
 Axes: ``n`` rows, ``d`` width; ``...`` any positions.
 """
 
+from collections import UserList
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int
@@ -31,6 +32,12 @@ class InjectionTrace:
     added_rms: Float[Tensor, ""]
 
 
+class Traces(UserList[InjectionTrace]):
+    """What a forward pass writes its traces into. No list: whoever copies lists on their way to a layer, as FSDP does,
+    would have the layer write into the copy.
+    """
+
+
 def gather(features: Float[Tensor, "n d"], rows: Int[Tensor, "..."]) -> Float[Tensor, "... d"]:
     """``features[rows]``, zero where a row is -1; zero there in the gradient too, never absent."""
     return features[rows.clamp_min(0)] * (rows >= 0).unsqueeze(-1)
@@ -52,7 +59,7 @@ def inject(
     rows: Int[Tensor, "..."],
     injection: Injection,
     scale: Float[Tensor, ""] | None,
-    traces: list[InjectionTrace] | None,
+    traces: Traces | None,
 ) -> Float[Tensor, "... d"]:
     """``hidden`` plus the features at ``rows`` (-1: nothing), in ``hidden``'s dtype and on its device, out of place.
 

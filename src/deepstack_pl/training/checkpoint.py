@@ -1,44 +1,115 @@
-"""Checkpoints to go on from: the newest one, always whole. Lightning's ModelCheckpoint, and what it lacks."""
+"""When a run is saved: every so many steps, and at its end, wherever that is."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from deepstack_pl.processes import several
+from deepstack_pl.training.module import DeepStackModule
+from deepstack_pl.training.random_state import restore_random_state
+from deepstack_pl.training.store import SaveFailed, Saver, Store
+from deepstack_pl.training.strategies import Stored
+
+_FAILURES = 3  # saves in a row that may fail before the run stops: until then what is trained is not thrown away
 
 
-class RunCheckpoint(ModelCheckpoint):
-    """``last.ckpt`` every ``every_steps`` steps and at the end, wherever the end is.
+class RunCheckpoint(Checkpoint):
+    """A checkpoint in ``folder`` every ``every_steps`` steps and at the end; the newest ``keep`` stay.
 
-    Two things differ from ModelCheckpoint: a run that ends between two saves (Ctrl-C, an odd number of steps) is saved
-    too; and an exception is saved beside, as ``exception.ckpt``, because it may have come in the middle of an update.
+    With ``asynchronous`` training goes on while one is written. One that cannot be written is warned of, and the run
+    stops at the third in a row, or if it is the last. After an exception the last step that was made is saved too, if
+    there is one process: several could not be sure of each other.
     """
 
-    def __init__(self, dirpath: str | Path, every_steps: int = 100) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        every_steps: int = 100,
+        keep: int = 2,
+        asynchronous: bool = True,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         if every_steps < 1:
             raise ValueError(f"every_steps={every_steps}: save every 1 or more steps.")
-        super().__init__(
-            dirpath=str(dirpath),
-            every_n_train_steps=every_steps,
-            save_last=True,
-            save_top_k=0,  # the newest alone
-            enable_version_counter=False,
-        )
+        self.store = Store(Path(folder), keep=keep)
+        self.every_steps = every_steps
+        self.asynchronous = asynchronous
+        self.facts = dict(facts or {})
+        self._saver: Saver | None = None
+        self._saved = -1  # the step of the newest save
+        self._failures = 0
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, Stored), "checkpoints need a strategy of training/strategies.py"
+        self._saver = strategy.saver = Saver(self.store, asynchronous=self.asynchronous)
+        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in a connector
+        strategy.facts = {**self.facts, **({} if data is None else {"data": data.identity()})}
+        self._saved, self._failures = -1, 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(trainer.strategy, Stored)
+        if trainer.strategy.random is not None:
+            restore_random_state(trainer.strategy.random)
+        if trainer.global_step:
+            self._saved = trainer.global_step  # it is what was loaded
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Tensor | Mapping[str, Any] | None,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if not (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.global_step % self.every_steps:
+            self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._save(trainer)
+        self._wait(last=True)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        if self._should_skip_saving_checkpoint(trainer) or not trainer.optimizers:
+        if several() or not trainer.optimizers or self._saver is None or isinstance(exception, SaveFailed):
             return
-        if trainer.world_size > 1:
-            rank_zero_warn(
-                "No checkpoint of this exception: saving takes all processes, and the others may not answer."
-            )
+        assert isinstance(pl_module, DeepStackModule)
+        if trainer.global_step and not pl_module.updating:
+            self._save(trainer)
+            self._wait(last=False)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        if self._saver is not None:
+            self._saver.close()
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        step = trainer.global_step
+        if step == self._saved:
             return
-        path = Path(str(self.dirpath)) / f"exception{self.FILE_EXTENSION}"
-        trainer.save_checkpoint(path)
-        rank_zero_info(f"{type(exception).__name__}: saved as it stood at step {trainer.global_step} in {path}")
+        self._wait(last=False)  # for the one before, so that all processes hear of its failure in the same step
+        self._saved = step
+        try:
+            trainer.save_checkpoint(self.store.folder / f"step {step}", weights_only=False)
+        except SaveFailed as error:
+            self._failed(error, last=False)
+
+    def _wait(self, *, last: bool) -> None:
+        assert self._saver is not None
+        try:
+            self._saver.wait()
+        except SaveFailed as error:
+            self._failed(error, last=last)
+        else:
+            self._failures = 0
+
+    def _failed(self, error: SaveFailed, *, last: bool) -> None:
+        self._failures += 1
+        if last or self._failures >= _FAILURES:
+            raise error
+        rank_zero_warn(f"{error} Training goes on; the next checkpoint is due in {self.every_steps} steps.")

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from deepstack_pl.batch import MultimodalBatch
 from deepstack_pl.multimodal.build import parts
+from deepstack_pl.processes import from_all, local
 from deepstack_pl.training.module import DeepStackModule
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,6 +47,7 @@ class FirstStepGuard(lightning.Callback):
             return
         assert isinstance(pl_module, DeepStackModule)
         named = list(pl_module.network.named_parameters())
+        self._images = any(from_all(self._images))
         if not self._gradients_seen:
             missing = [name for name, p in named if p.requires_grad and p.grad is None]
             if missing:
@@ -73,8 +75,9 @@ class FirstStepGuard(lightning.Callback):
         assert isinstance(pl_module, DeepStackModule)
         changed = self._changed(pl_module)
         images, self._before, self._images = self._images, {}, False
-        if not changed and trainer.scaler is not None:
-            return  # fp16's loss scaler left this step out: look at the next one
+        skipped = [step for step, _ in pl_module.skipped[-1:]] == [trainer.global_step - 1]
+        if not changed and (trainer.scaler is not None or skipped):
+            return  # fp16's loss scaler or the guard of finite numbers left this step out: look at the next one
         by_part = parts(pl_module.network)
         frozen = [name for named in by_part.values() for name, p in named if not p.requires_grad and name in changed]
         if frozen:
@@ -95,12 +98,19 @@ class FirstStepGuard(lightning.Callback):
     def _changed(self, module: DeepStackModule) -> set[str]:
         after = digests(module.network.named_parameters())
         equal = torch.stack([self._before[name] == value for name, value in after.items()]).tolist()
-        return {name for name, same in zip(after, equal, strict=True) if not same}
+        here = {name for name, same in zip(after, equal, strict=True) if not same}
+        return set().union(*from_all(here))  # a share of the weights may be one that no gradient reached
 
 
 def digests(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    """One integer for each parameter, on its device: the sum of its bit patterns, so that any one changed bit shows."""
-    return {name: p.detach().view(_INTEGERS[p.element_size()]).sum(dtype=torch.int64) for name, p in named}
+    """One integer for each parameter, on its device: the sum of the bit patterns of what lies here, so that any one
+    changed bit shows.
+    """
+    found = {}
+    for name, parameter in named:
+        here = local(parameter.detach())
+        found[name] = here.view(_INTEGERS[here.element_size()]).sum(dtype=torch.int64)
+    return found
 
 
 def _some(names: list[str], count: int = 5) -> str:

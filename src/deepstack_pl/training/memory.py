@@ -1,14 +1,18 @@
-"""What one training step needs in memory on one device, found by taking the step with shapes alone.
+"""What one training step needs in memory on each device, found by taking the step with shapes alone.
 
-Term by term, for ``p`` parameters of ``s`` bytes each, ``q`` of them trained:
+Term by term, on one device, for ``p`` parameters of ``s`` bytes each, ``q`` of them trained:
 
 * weights: ``p s``, in the dtype that the precision holds them in (4 bytes, or 2 where it ends in -true and begins 16).
 * gradients: ``q s``; between the micro-batches of a step they stay.
-* AdamW: ``2 q s``, two running means in the weights' own dtype; while it steps ``q s`` more, for a square root.
+* AdamW: ``2 q s``, two running means in the weights' own dtype; while it steps ``q s`` more, for a square root, unless
+  its kernel is the fused one (on a GPU, without a loss scaler).
 * all else: no formula for each architecture. The real forward and backward run on fake tensors, which have shape and
   dtype but no bytes, and every storage is counted from its making to its end, by the part that made it. So activations
   under the attention that was chosen, half-precision copies of the weights under autocast, adapters, what frozen parts
   need not keep, logits and loss are what they are, for any LLM, tower and plan.
+
+With strategy=ddp each device holds all that; gradients lie in the buckets that are sent. Where weights are shared out,
+`memory_shares` says what changes. Activations that are computed again (strategy.checkpointing) are so here too.
 
 The worst moment is that of the forward and backward, or that of AdamW's step, when the activations are gone.
 Not in it: what a GPU's driver and libraries take and what lies idle between blocks (see `ALLOWANCE`), evaluation, and
@@ -23,7 +27,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -31,18 +34,21 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from deepstack_pl.batch import MultimodalBatch
 from deepstack_pl.multimodal.build import parts
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.training.config import Spread, StrategyConfig
+from deepstack_pl.training.memory_kernels import Kernels, takes_mask
+from deepstack_pl.training.memory_shares import gathered, let_go, share, units_of
+from deepstack_pl.training.sharding import PRECISIONS, checkpoint_activations, shares_weights
 
 LOSS, BACKWARD = "logits and loss", "backward"  # where storages are made, besides the parts
 ALLOWANCE = 2**30  # bytes of a GPU that no tensor has: context, kernels' workspaces, gaps between blocks
 
-_MASKLESS = ("flash_attention_2", "flex_attention")
+_ALONE = StrategyConfig(name="single")
 # trainer.precision: the dtype of the weights, and that of autocast.
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "32-true": (torch.float32, None),
@@ -56,7 +62,7 @@ _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
-    """Bytes of one optimiser step, by part of the model.
+    """Bytes of one optimiser step on one device, by part of the model.
 
     Attributes:
         weights: of all parameters.
@@ -64,7 +70,8 @@ class StepMemory:
         optimiser: AdamW's two states of each trained parameter, in the parameter's own dtype.
         peak: what else lives at the worst moment of forward and backward, by where it was made; what is of a part was
             made in its forward, nearly all of it kept for the backward.
-        update: what AdamW's step needs for a moment, when all of ``peak`` is gone.
+        update: what AdamW's step needs for a moment, or ddp to sort its buckets anew, when all of ``peak`` is gone.
+        gathered: weights of other devices' shares that are here at that worst moment.
     """
 
     weights: dict[str, int]
@@ -72,12 +79,13 @@ class StepMemory:
     optimiser: dict[str, int]
     peak: dict[str, int]
     update: int
+    gathered: int = 0
 
     @property
     def total(self) -> int:
         """At the worst moment of a step, the tensors alone."""
         held = sum(self.weights.values()) + sum(self.gradients.values()) + sum(self.optimiser.values())
-        return held + max(sum(self.peak.values()), self.update)
+        return held + max(sum(self.peak.values()) + self.gathered, self.update)
 
 
 class Unpredictable(ValueError):
@@ -85,37 +93,57 @@ class Unpredictable(ValueError):
 
 
 def predict(
-    model: DeepStackForConditionalGeneration, batch: MultimodalBatch, precision: str, *, gpu: bool
+    model: DeepStackForConditionalGeneration,
+    batch: MultimodalBatch,
+    precision: str,
+    *,
+    gpu: bool,
+    strategy: StrategyConfig = _ALONE,
+    shares: int = 1,
 ) -> StepMemory:
-    """What a step takes on a GPU, or on the CPU, whose micro-batches are like ``batch``.
+    """What a step takes on a GPU, or on the CPU, whose micro-batches are like ``batch``, and which holds one of
+    ``shares`` shares of the weights where ``strategy`` shares them out.
 
     ``model``, on the meta device and frozen as the stage says, is used up.
 
     Raises:
         Unpredictable: another precision than those known here, or a module whose way depends on values.
     """
-    if precision not in _PRECISIONS:
-        raise Unpredictable(f"not known for trainer.precision={precision}, only for {', '.join(_PRECISIONS)}.")
+    sharded = shares_weights(strategy)
+    known = PRECISIONS if sharded else _PRECISIONS
+    if precision not in known:
+        raise Unpredictable(f"not known for trainer.precision={precision}, only for {', '.join(known)}.")
     dtype, autocast = _PRECISIONS[precision]
-    masked = _masked(model, *batch.input_ids.shape)
+    held = dtype
+    if sharded:
+        (held, dtype), autocast = PRECISIONS[precision], None
+    kernels = Kernels(gpu, takes_mask(model, *batch.input_ids.shape))
+    for block in model.blocks():
+        block.forward = kernels.during(block.forward)
+    checkpoint_activations(model, strategy.checkpointing)
     nn.Module.to(model, dtype)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             _bring(model)
+            units = units_of(model) if sharded else []
             for parameter in model.parameters():  # as in every micro-batch of a step but the first
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            let_go(units)
             inputs = {name: torch.empty_like(given) for name, given in batch.model_inputs().items()}
-            with _Kernels(gpu, masked):
+            with kernels:
                 peak = measure(model.train(), inputs, autocast)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
         raise Unpredictable(f"a module's way depends on values ({type(error).__name__}: {error}).") from error
-    trained = {part: _bytes([p for _, p in named if p.requires_grad]) for part, named in parts(model).items()}
+    each = {part: [(p.requires_grad, share(p, shares, held)) for _, p in named] for part, named in parts(model).items()}
+    trained = {part: sum(size for learns, size in sizes if learns) for part, sizes in each.items()}
+    fused = gpu and precision != "16-mixed"
     return StepMemory(
-        weights={part: _bytes([p for _, p in named]) for part, named in parts(model).items()},
+        weights={part: sum(size for _, size in sizes) for part, sizes in each.items()},
         gradients=trained,
         optimiser={part: 2 * size for part, size in trained.items()},
         peak=peak,
-        update=sum(trained.values()),
+        update=0 if fused and strategy.kind is not Spread.ddp else sum(trained.values()),
+        gathered=gathered(units) if sharded else 0,
     )
 
 
@@ -188,65 +216,6 @@ class _Meter(TorchDispatchMode):
         self.places.pop()
 
 
-class _Kernels(TorchFunctionMode):
-    """What runs on the device meant, where that changes the number of bytes: attention, and autocast's layer norm.
-
-    Fake tensors of a GPU that is not there cannot run backward; those of the CPU can. ``masked``: whether attention is
-    given a mask; it is made in any case, because of fake tensors nobody knows that it holds nothing but ones.
-    """
-
-    def __init__(self, gpu: bool, masked: bool) -> None:
-        super().__init__()
-        self.gpu, self.masked = gpu, masked
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            if not self.masked and kwargs.get("attn_mask") is not None:
-                kwargs = {**kwargs, "attn_mask": None, "is_causal": True}
-            return (_fused if self.gpu else func)(*args, **kwargs)
-        if func is F.layer_norm and self.gpu and torch.is_autocast_enabled("cpu"):
-            return func(*tree_map_only(Tensor, Tensor.float, args), **tree_map_only(Tensor, Tensor.float, kwargs))
-        return func(*args, **kwargs)
-
-
-def _fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """The memory-efficient kernel keeps its arguments, its result and a number for each query; so does flash.
-
-    A mask is made into numbers for every layer anew, and kept.
-    """
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if enable_gqa:
-        shared = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
-    bias = None if attn_mask is None else attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
-    attend = torch.ops.aten._scaled_dot_product_efficient_attention
-    return attend(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
-
-
-def _masked(model: DeepStackForConditionalGeneration, rows: int, length: int) -> bool:
-    """Whether attention takes a mask: not of one row, which nothing pads, unless it is longer than a sliding window;
-    and not where the kernel is told lengths or blocks instead. That kernel need not be installed here.
-    """
-    llm = model.language_model
-    if llm.config._attn_implementation in _MASKLESS:
-        llm.set_attn_implementation("sdpa")
-        return False
-    window = llm.config.to_dict().get("sliding_window")
-    return rows > 1 or (window is not None and length >= window)
-
-
 def _bring(model: nn.Module) -> None:
     """From meta into the fake mode; parameters that are one stay one."""
     named: dict[int, list[str]] = {}
@@ -261,7 +230,3 @@ def _bring(model: nn.Module) -> None:
 
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _bytes(parameters: list[nn.Parameter]) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)

@@ -9,12 +9,15 @@ import lightning
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from deepstack_pl.batch import MultimodalBatch
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.processes import local, unsharded
 from deepstack_pl.training.config import OptimConfig, StageConfig
+from deepstack_pl.training.finite import FiniteGuard
 from deepstack_pl.training.parts import PartsTable, apply_stage, optimizer_groups
 from deepstack_pl.training.step_loss import StepLoss
 
@@ -49,7 +52,9 @@ class DeepStackModule(lightning.LightningModule):
         self.max_steps = max_steps
         self.model: DeepStackForConditionalGeneration | None = None
         self.parts: PartsTable | None = None
+        self.updating = False  # from the last look at the gradients until weights and AdamW's states agree again
         self._step = StepLoss()
+        self._finite = FiniteGuard(optim)
 
     def configure_model(self) -> None:
         """Build and freeze, once: Lightning calls this for every fit, test and load."""
@@ -58,6 +63,11 @@ class DeepStackModule(lightning.LightningModule):
         model = self.build()
         self.parts = apply_stage(model, self.stage)
         self.model = model.train()
+
+    @property
+    def skipped(self) -> list[tuple[int, list[str]]]:
+        """Steps that were left out, with the keys of their samples."""
+        return self._finite.skipped
 
     @property
     def network(self) -> DeepStackForConditionalGeneration:
@@ -90,6 +100,7 @@ class DeepStackModule(lightning.LightningModule):
     def training_step(self, batch: MultimodalBatch, batch_idx: int) -> Tensor:
         """The sum of this micro-batch's losses; the step's mean is made of it once all of them are known."""
         torch.manual_seed(self._dropout_seed(batch_idx))
+        self._finite.add(batch.keys)
         output = self.network(**batch.model_inputs(), use_cache=False)
         if self._logs_this_step:
             self._step.add_sources(output.logits.detach(), batch)
@@ -102,8 +113,8 @@ class DeepStackModule(lightning.LightningModule):
         factor = shares / tokens.clamp_min(1)
         for parameter in self.network.parameters():
             if parameter.grad is not None:
-                parameter.grad.mul_(factor)
-        mean = loss / tokens.clamp_min(1)
+                local(parameter.grad).mul_(factor)
+        mean = self._mean = loss / tokens.clamp_min(1)
         self.log("loss", mean, prog_bar=True, logger=False, batch_size=1)
         self.log_dict({"train/loss": mean, "train/supervised_tokens": tokens, **self._rates()}, batch_size=1)
         if self._logs_this_step:
@@ -112,22 +123,59 @@ class DeepStackModule(lightning.LightningModule):
                 logger.log_metrics(found, step=self.trainer.global_step)
         self._step.begin()
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of all gradients of all processes; what is not finite goes no further.
+
+        Raises:
+            NotFinite: as ``optim.nonfinite`` says.
+        """
+        trained = [p for p in self.network.parameters() if p.grad is not None]
+        norm = unsharded(get_total_norm([p.grad for p in trained if p.grad is not None]))
+        self.log("train/gradient_norm", norm, batch_size=1)
+        if self.trainer.scaler is None:  # fp16's loss scaler leaves such steps out by itself
+            self._note(self._finite.look(self._mean, norm, trained, self.trainer.global_step))
+        if gradient_clip_val:
+            clip_grads_with_norm_(trained, gradient_clip_val, norm)
+        self.updating = True
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's; afterwards a checkpoint may be made."""
+        super().optimizer_step(*args, **kwargs)
+        self.updating = False
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW by part and weight decay; linear warm-up and cosine decay from each part's own peak."""
         optimizer = torch.optim.AdamW(
             optimizer_groups(self.network, self.stage, self.optim.weight_decay),
             betas=(self.optim.betas[0], self.optim.betas[1]),
             eps=self.optim.eps,
+            fused=self._fused,
         )
         warm_up = ceil(self.max_steps * self.optim.warmup_ratio)
         schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _note(self, left_out: list[str]) -> None:
+        """Samples of a step that was left out, in this process's ledger."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in a connector
+        if left_out and data is not None and data.ledger is not None:
+            data.ledger.leave_out(left_out, self.trainer.global_step, self.trainer.global_rank)
 
     def _dropout_seed(self, batch_idx: int) -> int:
         """What dropout draws is a function of seed, step and process, as samples' order is: a resume repeats it."""
         trainer, seed = self.trainer, self.network.config.init_seed
         micro = batch_idx % trainer.accumulate_grad_batches
         return zlib.crc32(f"{seed}/dropout/{trainer.global_step}/{micro}/{trainer.global_rank}".encode())
+
+    @property
+    def _fused(self) -> bool:
+        """On a GPU; not where a loss scaler would have it look at the gradients before they are clipped."""
+        return self.trainer.scaler is None and all(p.is_cuda for p in self.network.parameters() if p.requires_grad)
 
     @property
     def _logs_this_step(self) -> bool:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch
+from deepstack_pl.processes import from_all, several
 
 
 class StepLoss:
@@ -54,17 +55,9 @@ class StepLoss:
 
     def by_source(self) -> dict[str, float]:
         """The mean loss of each source that the step holds, over all processes; all must ask."""
-        every = [self._by_source]
-        if several():
-            every = [self._by_source] * dist.get_world_size()
-            dist.all_gather_object(every, self._by_source)
+        every = from_all(self._by_source)
         found = {}
         for source in sorted({source for each in every for source in each}):
             losses, tokens = zip(*(each[source] for each in every if source in each), strict=True)
             found[source] = sum(losses) / sum(tokens)
         return found
-
-
-def several() -> bool:
-    """Whether other processes take part."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -5,9 +5,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import torch.distributed as dist
-
 from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch
+from deepstack_pl.processes import from_all
 
 _WHOLE = 2**63  # the order's sum is kept below: a checkpoint's integers have 64 bits
 
@@ -94,8 +93,4 @@ class Tally:
 
 def over_all(mine: Tally) -> Tally:
     """The sum over all processes; all must call it."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return mine
-    every: list[Tally | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
-    return sum((tally for tally in every if tally is not None), Tally())
+    return sum(from_all(mine), Tally())

@@ -12,6 +12,7 @@ import lightning
 from torch import Tensor
 
 from deepstack_pl.batch import MultimodalBatch
+from deepstack_pl.processes import from_all, world
 
 
 class TimedLoader:
@@ -48,8 +49,8 @@ class TimedLoader:
 
 
 class Throughput(lightning.Callback):
-    """Logs, over windows of ``every_steps`` batches of this process: tokens (that are no padding) and samples a second,
-    seconds a step, and the share of time spent waiting for data.
+    """Logs, over windows of ``every_steps`` batches: tokens (that are no padding) and samples a second of all
+    processes; and of this one seconds a step, and the share of time spent waiting for data.
 
     Time is that of steps and of waiting; what callbacks do between steps does not count. On an accelerator waiting
     overlaps with computing, so that the share is an upper bound.
@@ -69,7 +70,7 @@ class Throughput(lightning.Callback):
     @property
     def tokens_per_second_overall(self) -> float | None:
         """Tokens a second over all of this session's steps; None before the first."""
-        tokens = self._tokens_before + (0 if self._tokens is None else int(self._tokens))
+        tokens = self._tokens_before + (0 if self._tokens is None else int(self._tokens) * world())
         return tokens / self.seconds_training if self.seconds_training else None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -120,15 +121,17 @@ class Throughput(lightning.Callback):
         return loader.waited - before
 
     def _report(self, trainer: lightning.Trainer, module: lightning.LightningModule, tokens: int) -> None:
-        total = self._seconds + self._waited
+        every = from_all((tokens, self._samples, self._seconds + self._waited))
+        tokens, samples = sum(t for t, _, _ in every), sum(s for _, s, _ in every)
+        total = max(seconds for _, _, seconds in every)
         self.last = {
             "speed/tokens_per_second": tokens / total,
-            "speed/samples_per_second": self._samples / total,
+            "speed/samples_per_second": samples / total,
             "speed/step_seconds": self._seconds / self._steps,
         }
         shown = {"tok/s": self.last["speed/tokens_per_second"]}
         if isinstance(trainer.train_dataloader, TimedLoader):
-            self.last["speed/data_wait_share"] = shown["wait"] = self._waited / total
+            self.last["speed/data_wait_share"] = shown["wait"] = self._waited / (self._seconds + self._waited)
         for logger in trainer.loggers:  # not through the module: Lightning would drop what falls between its own steps
             logger.log_metrics(self.last, step=trainer.global_step)
         module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from deepstack_pl.stacking.config import Encoding, Host
-from deepstack_pl.stacking.injection import InjectionTrace, inject
+from deepstack_pl.stacking.injection import Traces, inject
 from deepstack_pl.stacking.plan import Plan
 from deepstack_pl.vision.config import VisionConfig
 from deepstack_pl.vision.towers import build_tower
@@ -38,7 +38,7 @@ class VisionEncoder(nn.Module):
         views: UInt8[Tensor, "v 3 s s"] | Float[Tensor, "v 3 s s"],
         vit_rows: Int[Tensor, "h m"],
         scales: Float[Tensor, " gated"] | None = None,
-        traces: list[InjectionTrace] | None = None,
+        traces: Traces | None = None,
     ) -> list[Float[Tensor, "k p2 d"]]:
         """The selected hidden state without the class token; then those that the plan taps.
 

@@ -1,0 +1,264 @@
+"""Several processes for one run: how many, and starting them on this machine.
+
+Each is a process of its own from the beginning, one group for each run, so that the points of a sweep never meet. Under
+torchrun and srun they are there already, and nothing is started here.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+from deepstack_pl.cli.folders import relative
+from deepstack_pl.cli.resume import Resumed
+from deepstack_pl.config.load import save
+from deepstack_pl.config.run import RunConfig
+from deepstack_pl.training.config import Spread
+
+CONFIG, CALL = "config.yaml", "call.json"
+PREEMPTED, CTRL_C = 143, 130
+_GRACE = 20.0  # seconds in which the others end by themselves once one has failed
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# What a process says because another one is gone.
+_CONSEQUENCES = ("onnection closed", "onnection reset", "onnection refused", "imed out", "roken pipe", "Store")
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """Over what a run is spread: one process for each device."""
+
+    devices: int
+    nodes: int
+
+    @property
+    def world(self) -> int:
+        return self.devices * self.nodes
+
+
+def wanted(run: RunConfig) -> Machines:
+    """What ``run`` asks for.
+
+    Raises:
+        ValueError: the strategy is for another number of processes, or there are fewer devices.
+    """
+    nodes = int(run.trainer.get("num_nodes") or 1)
+    devices = _devices(run)
+    if run.strategy.kind is Spread.single and devices * nodes > 1:
+        raise ValueError(
+            f"strategy={run.strategy.name} is one process, but trainer.devices={run.trainer.get('devices')} and "
+            f"trainer.num_nodes={nodes} make {devices * nodes}. Say strategy=fsdp or strategy=ddp, or one device."
+        )
+    return Machines(devices, nodes)
+
+
+def started() -> bool:
+    """Whether this process is one of a group already; torchrun's variables are filled in where srun started it."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return True
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) <= 1:  # also of a batch script, which has no srun around it
+        return False
+    slurm = SLURMEnvironment(auto_requeue=False)
+    values = {
+        "RANK": slurm.global_rank(),
+        "LOCAL_RANK": slurm.local_rank(),
+        "GROUP_RANK": slurm.node_rank(),
+        "WORLD_SIZE": slurm.world_size(),
+        "LOCAL_WORLD_SIZE": slurm.world_size() // int(os.environ.get("SLURM_STEP_NUM_NODES", "1")),
+        "MASTER_ADDR": slurm.main_address,
+        "MASTER_PORT": slurm.main_port,
+    }
+    os.environ |= {name: str(value) for name, value in values.items()}
+    return True
+
+
+def require_group(there: Machines) -> None:
+    """What started this group, and what the run asks for, are the same.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    processes = int(os.environ["WORLD_SIZE"])
+    if processes != there.world:
+        raise ValueError(
+            f"{processes} processes were started, but trainer.devices={there.devices} and trainer.num_nodes="
+            f"{there.nodes} are {there.world}. Start as many as these say."
+        )
+
+
+def launch(run: RunConfig, folder: Path, command: str, arm: Sequence[str], resumed: Resumed | None) -> bool:
+    """Start one process for each device of this machine, and wait for all; whether Ctrl-C ended them.
+
+    Process 0 has this one's terminal, the others write to ``folder/logs``. Signals are handed on to all.
+
+    Raises:
+        ValueError, RuntimeError: what the process said that failed first.
+        SystemExit: they were preempted.
+        KeyboardInterrupt: they were stopped at once.
+    """
+    there = wanted(run)
+    if there.nodes > 1:
+        raise ValueError(
+            f"trainer.num_nodes={there.nodes}: this starts processes on one machine. Start them on each by torchrun "
+            f"--nnodes {there.nodes} --nproc-per-node {there.devices} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+            "train.py ..., or by srun."
+        )
+    with tempfile.TemporaryDirectory(prefix="deepstack-") as private, _Group(Path(private), folder) as group:
+        save(run, group.private / CONFIG)
+        call = {"folder": str(folder), "command": command, "arm": list(arm), "resumed": None}
+        if resumed is not None:
+            names = {"folder": str(resumed.folder), "checkpoint": str(resumed.checkpoint)}
+            call["resumed"] = {**names, "results": resumed.results, "named": resumed.named, "notes": resumed.notes}
+        (group.private / CALL).write_text(json.dumps(call), encoding="utf-8")
+        group.start(there.devices)
+        return group.wait()
+
+
+class _Group:
+    """The processes of one run on this machine; none outlives it."""
+
+    def __init__(self, private: Path, folder: Path) -> None:
+        self.private, self.folder = private, folder
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._old: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "_Group":
+        for number in _FORWARDED:
+            self._old[number] = signal.signal(number, self._forward)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def start(self, count: int) -> None:
+        common = {
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+            "GROUP_RANK": 0,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": _free_port(),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, _cores() // count)),
+        }
+        words = [sys.executable, "-m", "deepstack_pl.cli.worker", str(self.private)]
+        for rank in range(count):
+            environment = {**os.environ, **{n: str(v) for n, v in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}}
+            self.processes.append(
+                subprocess.Popen(words, env=environment, start_new_session=True, preexec_fn=_die_with_the_parent)
+            )
+
+    def wait(self) -> bool:
+        """All of them, however long it takes; where one fails, the others for a while."""
+        failed_at = None
+        while any(process.poll() is None for process in self.processes):
+            if failed_at is None and any(_bad(process.poll()) for process in self.processes):
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() - failed_at > _GRACE:
+                for process in self.processes:
+                    if process.poll() is None:
+                        process.kill()
+            time.sleep(0.05)
+        codes = [process.returncode for process in self.processes]
+        if PREEMPTED in codes and not any(_bad(code) for code in codes):
+            raise SystemExit(PREEMPTED)
+        if CTRL_C in codes and not any(_bad(code) for code in codes):
+            raise KeyboardInterrupt
+        if any(codes):
+            self._explain(codes)
+        return json.loads((self.private / "outcome-0.json").read_text(encoding="utf-8"))["interrupted"]
+
+    def _explain(self, codes: list[int]) -> None:
+        """Raise what went wrong first: not what the others said because of it."""
+        said = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.private.glob("error-*.json"))]
+        said.sort(key=lambda each: each["time"])
+        causes = [each for each in said if not any(word in each["text"] for word in _CONSEQUENCES)]
+        lost = [
+            f"process {rank} was ended by {signal.Signals(-code).name}{self._last(rank)}"
+            for rank, code in enumerate(codes)
+            if code < 0 and not (self.private / f"error-{rank}.json").exists()
+        ]
+        if causes:
+            first = causes[0]
+            same = [each["rank"] for each in causes if each["text"] == first["text"]]
+            who = "" if len(same) == len(codes) or first["rank"] == 0 else f"process {first['rank']}: "
+            if first["mendable"]:
+                raise ValueError(f"{who}{first['text']}")
+            raise LaunchError(f"process {first['rank']}: {first['text']}")
+        if lost:
+            raise LaunchError(f"{'; '.join(lost)}. What the processes wrote is in {relative(self.folder / 'logs')}.")
+        raise LaunchError("\n".join(each["text"] for each in said) or f"the processes ended with {codes}")
+
+    def _last(self, rank: int) -> str:
+        """Where process ``rank`` said that it was."""
+        file = self.folder / "logs" / f"heartbeat-{rank}.json"
+        if not file.is_file():
+            return ""
+        beat = json.loads(file.read_text(encoding="utf-8"))
+        return f" in step {beat['step']} ({beat['phase']})"
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+
+class LaunchError(RuntimeError):
+    """A process of the run failed; the text is its own."""
+
+
+def _devices(run: RunConfig) -> int:
+    """Processes on each machine."""
+    asked, kind = run.trainer.get("devices"), run.strategy.kind
+    accelerator = str(run.trainer.get("accelerator", "auto"))
+    gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    here = torch.cuda.device_count() if gpu else 0
+    if asked is None and kind is Spread.single:
+        return 1
+    if asked in (None, "auto", "-1", -1):
+        if not here:
+            raise ValueError(
+                f"strategy={run.strategy.name} takes a process for each device, and there is no GPU here to count. Say "
+                "trainer.devices=N."
+            )
+        return 1 if kind is Spread.single and asked is None else here
+    count = len(asked) if isinstance(asked, list | tuple) else int(asked)
+    if count < 1:
+        raise ValueError(f"trainer.devices={asked}: use 1 or more, or auto for every GPU here.")
+    return count
+
+
+def _bad(code: int | None) -> bool:
+    return code not in (None, 0, PREEMPTED, CTRL_C)
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _die_with_the_parent() -> None:
+    """Nobody would end the processes of a parent that was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

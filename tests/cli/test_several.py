@@ -1,0 +1,129 @@
+"""``python train.py strategy=... trainer.devices=2``: several processes end where one ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import SMALL
+
+from deepstack_pl.training.checkpoints import all_of, verify
+
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY / "tests" / "cli")}
+TINY = (*SMALL, "data.micro_batch_size=1", "llm.architecture.num_hidden_layers=5", "logger={}")
+TWO = ("strategy=fsdp", "trainer.devices=2", "trainer.accelerator=cpu")
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def command(folder: Path, *words: str) -> list[str]:
+    return [sys.executable, str(REPOSITORY / "train.py"), *TINY, f"hydra.run.dir={folder}", *words]
+
+
+def call(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=240, env=ENVIRONMENT, cwd=cwd)
+
+
+def run(folder: Path, *words: str) -> dict[str, Any]:
+    done = call(command(folder, *words), folder.parent)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return {**results_of(folder), "said": done.stdout}
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one") / "run"
+    run(folder)
+    return folder
+
+
+def furthest(one: Path, other: Path) -> float:
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def test_two_processes_that_share_the_weights_end_where_one_ends(one: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    found, alone = run(folder, *TWO), results_of(one)
+    assert found["data"] == alone["data"]
+    assert found["metrics"] == alone["metrics"]
+    assert found["receipt"]["ok"]
+    assert found["init_digest"] == alone["init_digest"]
+    assert "logits as before" in found["said"]
+    assert furthest(one, folder) < 1e-4, "AdamW makes much of the last bits of a gradient"
+    assert (folder / "predictions.jsonl").read_text() == (one / "predictions.jsonl").read_text()
+    assert [p.name for p in (folder / "logs").glob("rank-*.log")] == ["rank-1.log"]
+
+
+def test_a_preempted_run_exits_143_and_goes_on_alone(one: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    slow = "+callbacks.slow={_target_: tiny_run.Slow}"
+    words = command(folder, *TWO, slow, "callbacks.checkpoint.every_steps=1")
+    process = subprocess.Popen(words, env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not all_of(folder / "checkpoints"):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert results_of(folder)["status"] == "interrupted"
+    assert "To go on from step" in said
+    checkpoint = all_of(folder / "checkpoints")[0]
+    assert checkpoint.step < 3
+    assert not verify(checkpoint)
+    words = [sys.executable, str(REPOSITORY / "train.py"), f"ckpt_path={folder}"]
+    alone = ("strategy.kind=single", "trainer.devices=1", "callbacks.slow=null")
+    done = call([*words, *alone], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert results_of(folder)["data"] == results_of(one)["data"]
+    assert furthest(one, folder) < 1e-4
+
+
+def test_a_point_of_a_sweep_is_a_group_of_its_own_and_a_failed_one_stops_no_other(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    words = [sys.executable, str(REPOSITORY / "train.py"), "-m", *TINY, *TWO, f"hydra.sweep.dir={sweep}"]
+    done = call([*words, "model.start_layer=0,50,1", "evaluation.final_samples=2"], tmp_path)
+    assert done.returncode == 1
+    found = {path.parent.name: json.loads(path.read_text())["status"] for path in sweep.rglob("results.json")}
+    assert sorted(found.values()) == ["failed", "finished", "finished"]
+    assert "start_layer" in (done.stdout + done.stderr)
+    assert "all arms that finished: same samples in the same order" in done.stdout
+
+
+def test_what_a_worker_refuses_is_one_sentence(tmp_path: Path) -> None:
+    done = call(command(tmp_path / "run", *TWO, "llm.architecture.vocab_size=500"), tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("vocab_size=500, but the tokenizer's largest id is 511") == 1
+
+
+def test_a_worker_that_is_killed_is_named(tmp_path: Path) -> None:
+    fault = "+callbacks.fault={_target_: tiny_run.Killed, rank: 1, step: 2}"
+    done = call(command(tmp_path / "run", *TWO, fault, "callbacks.checkpoint.every_steps=1"), tmp_path)
+    assert done.returncode == 1
+    assert "process 1" in done.stderr
+    assert "SIGKILL" in done.stderr
+    assert all_of(tmp_path / "run" / "checkpoints")[0].step >= 1
+
+
+def test_the_gathered_weights_are_those_of_the_last_checkpoint(one: Path) -> None:
+    from deepstack_pl.training.restore import read_tensors
+
+    weights = load_file(one / "model.safetensors")
+    stored = {name: torch.full_like(tensor, 7.0) for name, tensor in weights.items()}
+    read_tensors(all_of(one / "checkpoints")[0], {"model": stored})
+    assert all(torch.equal(weights[name], stored[name]) for name in weights)

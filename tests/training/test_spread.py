@@ -1,0 +1,79 @@
+"""Spread over two processes a run learns what it learns in one: loss, gradients, weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from spread_fits import one_fit
+
+SCRIPT = Path(__file__).with_name("spread_fits.py")
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+MODES = ("none", "selective", "full")
+EXACT = [{"kind": kind, "checkpointing": mode} for kind in ("ddp", "fsdp") for mode in MODES]
+EXACT += [{"kind": "fsdp_hybrid", "replicas": 2}, {"kind": "fsdp", "tied": True}, {"kind": "fsdp", "micro": 4}]
+EXACT += [{"kind": kind, "stage": stage} for kind in ("ddp", "fsdp") for stage in ("pretrain", "finetune", "lora")]
+BFLOAT = [{"kind": "fsdp", "precision": "bf16-mixed", "checkpointing": mode} for mode in MODES]
+
+
+def name_of(how: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in how.items())
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every fit in two processes, one group for all."""
+    folder = tmp_path_factory.mktemp("together")
+    phases = [{"name": name_of(how), **how} for how in (*EXACT, *BFLOAT)]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*words, str(folder), json.dumps(phases)], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same in one process, by stage and tied head."""
+    folder, found = tmp_path_factory.mktemp("alone"), {}
+    for stage, tied in (
+        ("scratch", False),
+        ("scratch", True),
+        ("pretrain", False),
+        ("finetune", False),
+        ("lora", False),
+    ):
+        one_fit(folder, "one", stage=stage, tied=tied)
+        found[stage, tied] = torch.load(folder / "one.pt", weights_only=True)
+    return found
+
+
+def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("how", EXACT, ids=name_of)
+def test_two_processes_learn_what_one_learns(how: dict[str, Any], together: Path, alone: dict[str, Any]) -> None:
+    one = alone[how.get("stage", "scratch"), how.get("tied", False)]
+    two = torch.load(together / f"{name_of(how)}.pt", weights_only=True)
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert one["losses"][-1] != pytest.approx(one["losses"][0], abs=1e-3), "nothing was learned: nothing is shown"
+    assert differ(one["gradients"], two["gradients"]) < 1e-5
+    assert differ(one["weights"], two["weights"]) < 1e-5
+
+
+@pytest.mark.parametrize("how", BFLOAT, ids=name_of)
+def test_bfloat16_under_shares_stays_near_float32(how: dict[str, Any], together: Path, alone: dict[str, Any]) -> None:
+    one, two = alone["scratch", False], torch.load(together / f"{name_of(how)}.pt", weights_only=True)
+    assert two["losses"] == pytest.approx(one["losses"], abs=0.05)
+    assert 0 < differ(one["weights"], two["weights"]) < 0.05
+    plain = torch.load(together / f"{name_of(BFLOAT[0])}.pt", weights_only=True)
+    assert differ(plain["weights"], two["weights"]) < 1e-5, "what is computed again is what was computed"
