@@ -21,11 +21,11 @@ from deepstack_pl.cli.run import execute
         ("+trainer.max_time=00:01:00:00", "Ctrl-C ends it earlier"),
         ("+trainer.gradient_clip_val=0.5", "optim.clip_norm"),
         ("+trainer.accumulate_grad_batches=2", "and data.micro_batch_size (units a forward)"),
-        ("+strategy.num_nodes=2", "several devices is not supported yet"),
-        ("strategy.devices=2", "strategy.devices=2: Training over several devices is not supported yet"),
-        ("strategy.devices=auto", "Say strategy.devices=1"),
-        ("+trainer.devices=1", "devices stands in trainer (1) and in strategy (1)"),
-        ("+strategy.sync_bathnorm=true", "Unknown key strategy.sync_bathnorm"),
+        ("trainer.num_nodes=2", "strategy=single is one process, but trainer.devices=None and trainer.num_nodes=2"),
+        ("trainer.devices=2", "Say strategy=fsdp or strategy=ddp"),
+        ("+trainer.strategy=fsdp", "strategy=single, ddp, fsdp or fsdp_hybrid"),
+        ("+trainer.plugins=[]", "the strategy's affair"),
+        ("+trainer.sync_bathnorm=true", "Unknown key trainer.sync_bathnorm"),
         ("llm.template=shiped", "plain, qwen3, shipped, smollm2, vicuna_v1. Did you mean shipped?"),
         ("init_from=nowhere", "init_from=nowhere: there is no model.safetensors"),
         ("llm.architecture.hidden_size=97", "llm.architecture: The hidden size (97) is not a multiple"),
@@ -44,7 +44,24 @@ def test_heads_that_do_not_divide_the_width_are_refused_where_the_family_does_no
 
 
 def test_one_device_may_be_chosen_by_its_number() -> None:
-    checks.check(run_of("strategy.devices=[1]"))
+    checks.check(run_of("trainer.devices=[1]"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["strategy=fsdp"], "strategy=fsdp takes a process for each device, and there is no GPU here to count"),
+        (["strategy=fsdp", "trainer.devices=3"], "data.batch_size=64 is not a whole number of micro-batches"),
+        (["strategy=fsdp", "trainer.devices=2", "trainer.precision=16-mixed"], "bfloat16 needs no loss scaler"),
+        (["strategy=fsdp_hybrid", "trainer.devices=4", "strategy.replicas=3"], "replicas=3 does not divide 4"),
+        (["strategy=fsdp", "trainer.devices=2", "strategy.replicas=2"], "are the groups of strategy=fsdp_hybrid"),
+        (["strategy=fsdp", "trainer.devices=0"], "trainer.devices=0: use 1 or more"),
+        (["strategy.timeout=0"], "strategy.timeout=0.0: seconds, more than 0"),
+    ],
+)
+def test_a_spread_that_cannot_be_is_refused(words: list[str], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        checks.check(run_of(*words))
 
 
 def test_init_from_is_refused_before_data_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

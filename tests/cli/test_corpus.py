@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from deepstack_pl.cli.main import main
 from deepstack_pl.data.shards import read_manifest
+from deepstack_pl.training.checkpoints import all_of
+from deepstack_pl.training.restore import read_plain
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 14  # two epochs of seven batches, the last of each filled up
@@ -56,7 +57,7 @@ def kill_after_a_checkpoint(folder: Path, *words: str) -> None:
     nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command(*words), env=ENVIRONMENT, start_new_session=True, **nowhere)
     until = time.monotonic() + 240
-    while not (folder / "checkpoints" / "last.ckpt").exists():
+    while not all_of(folder / "checkpoints"):
         assert process.poll() is None, "it ended before it was killed"
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -92,7 +93,7 @@ def test_a_run_on_a_built_corpus_that_is_killed_goes_on_as_if_it_had_not_been(re
     again = run(killed, f"ckpt_path={killed}", "data.micro_batch_size=8", "data.workers=0")
     assert again["data"] == results["data"]
     assert (killed / "ledger.jsonl").read_text() == (whole / "ledger.jsonl").read_text()
-    weights = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (whole, killed)]
+    weights = [read_plain(all_of(folder / "checkpoints")[0]) for folder in (whole, killed)]
     assert weights[0]["DeepStackDataModule"] == weights[1]["DeepStackDataModule"]
 
 

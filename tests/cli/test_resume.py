@@ -1,13 +1,14 @@
 """Going on with a run: what is refused, and what may change."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from tiny_run import leave_checkpoint
 
 from deepstack_pl.cli.folders import LATEST, checkpoint_of, claim, newest, remember
-from deepstack_pl.cli.resume import asked_for, prepare, step_of
+from deepstack_pl.cli.resume import asked_for, prepare, whole
 from deepstack_pl.config.load import save
 from deepstack_pl.config.overrides import parse
 from deepstack_pl.config.run import RunConfig
@@ -17,13 +18,13 @@ from deepstack_pl.evaluation.config import EvaluationConfig
 from deepstack_pl.language.config import LLMConfig
 from deepstack_pl.multimodal.config import ProjectorConfig
 from deepstack_pl.stacking.config import ModelConfig
-from deepstack_pl.training.config import OptimConfig, StageConfig
+from deepstack_pl.training.config import OptimConfig, StageConfig, StrategyConfig
 from deepstack_pl.vision.config import VisionConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
-def a_run(folder: Path, *, status: str = "interrupted", steps: int = 40, checkpoint: str | None = "last.ckpt") -> Path:
+def a_run(folder: Path, *, status: str = "interrupted", steps: int = 40, checkpoint: int | None = 40) -> Path:
     """A run's folder as an interrupted run leaves it."""
     run = RunConfig(
         model=ModelConfig(name="x"),
@@ -35,12 +36,13 @@ def a_run(folder: Path, *, status: str = "interrupted", steps: int = 40, checkpo
         optim=OptimConfig(name="x"),
         evaluation=EvaluationConfig(name="x"),
         trainer={"max_steps": 100, "accelerator": "cpu"},
+        strategy=StrategyConfig(name="single"),
     )
     (folder / "checkpoints").mkdir(parents=True)
     save(run, folder / "config.yaml")
     (folder / "results.json").write_text(json.dumps({"status": status, "steps": steps}))
     if checkpoint:
-        (folder / "checkpoints" / checkpoint).write_bytes(b"")
+        leave_checkpoint(folder, checkpoint)
     return folder
 
 
@@ -62,7 +64,7 @@ def test_last_is_the_run_that_latest_names() -> None:
     assert LATEST.read_text() == "outputs/old\n"
     resumed = go_on("ckpt_path=last")
     assert resumed.folder == old
-    assert resumed.checkpoint == old / "checkpoints" / "last.ckpt"
+    assert resumed.checkpoint == old / "checkpoints" / "step-00000040"
     assert go_on(f"ckpt_path={new}").folder == new
 
 
@@ -96,19 +98,40 @@ def test_only_single_values_may_change(change: str) -> None:
 
 def test_a_checkpoint_that_is_named_is_the_one_used() -> None:
     folder = a_run(Path("outputs/a"))
-    named = folder / "checkpoints" / "step-20.ckpt"
-    with pytest.raises(ValueError, match=r"there is no such file. Checkpoints of this run: last.ckpt"):
+    named = folder / "checkpoints" / "step-00000020"
+    with pytest.raises(ValueError, match=r"there is no such checkpoint. Those of this run: step-00000040"):
         go_on(f"ckpt_path={named}")
-    named.write_bytes(b"")
-    assert go_on(f"ckpt_path={named}").checkpoint == named
+    later = leave_checkpoint(folder, 60)
+    named = folder / "checkpoints" / "step-00000040"
+    resumed = go_on(f"ckpt_path={named}")
+    assert (resumed.checkpoint, resumed.named) == (named, True)
+    assert go_on(f"ckpt_path={folder}").checkpoint == later
 
 
-def test_the_step_is_the_checkpoints_own() -> None:
-    torch.save({"global_step": 7}, "a.ckpt")
-    assert step_of(Path("a.ckpt")) == 7
-    Path("b.ckpt").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match=r"b\.ckpt cannot be read as a checkpoint"):
-        step_of(Path("b.ckpt"))
+def test_a_damaged_checkpoint_is_passed_over_and_said_and_never_taken_for_the_named_one() -> None:
+    folder = a_run(Path("outputs/a"))
+    damaged = leave_checkpoint(folder, 60)
+    (damaged / "run.pt").write_bytes(b"half a file")
+    resumed = go_on(f"ckpt_path={folder}")
+    assert resumed.checkpoint.name == "step-00000040"
+    assert "step-00000060 is damaged and passed over: run.pt has 11 bytes" in resumed.notes[0]
+    with pytest.raises(ValueError, match=r"step-00000060 is damaged: run\.pt .* Name another of this run"):
+        go_on(f"ckpt_path={damaged}")
+
+
+def test_a_flipped_byte_is_found_before_anything_is_read() -> None:
+    folder = a_run(Path("outputs/a"))
+    (tensors,) = leave_checkpoint(folder, 60).glob("*.distcp")
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    resumed = go_on(f"ckpt_path={folder}")
+    assert resumed.checkpoint.name == "step-00000060", "sizes alone are looked at first"
+    found, passed = whole(resumed)
+    assert found.step == 40
+    assert "is not what was written" in passed[0]
+    with pytest.raises(ValueError, match=r"holds no checkpoint that is whole.*is not what was written"):
+        whole(replace(resumed, named=True))
 
 
 def test_the_size_of_a_forward_may_change_and_that_of_a_step_may_not() -> None:
@@ -151,8 +174,8 @@ def test_a_run_that_ended_before_its_first_checkpoint_says_so() -> None:
 
 
 def test_a_crash_before_the_first_regular_checkpoint_is_gone_on_with() -> None:
-    folder = a_run(Path("outputs/a"), checkpoint="exception.ckpt")
-    assert checkpoint_of(folder).name == "exception.ckpt"
+    folder = a_run(Path("outputs/a"), checkpoint=7)
+    assert checkpoint_of(folder)[0].step == 7
 
 
 def test_a_run_is_not_written_over_another() -> None:

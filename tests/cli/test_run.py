@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +17,7 @@ from deepstack_pl.cli import run as cli_run
 from deepstack_pl.cli import trial
 from deepstack_pl.cli.assemble import make_processor
 from deepstack_pl.cli.provenance import Memory
+from deepstack_pl.cli.surroundings import share_cores
 from deepstack_pl.data.columns import Columns
 from deepstack_pl.data.config import Batching
 from deepstack_pl.data.sources import open_sources
@@ -42,7 +42,7 @@ def test_a_second_ctrl_c_interrupts_and_says_where_it_goes_on(capsys: pytest.Cap
     results = results_of(Path("run"))
     assert (results["status"], results["interrupted"], results["steps"]) == ("interrupted", True, 2)
     said = capsys.readouterr().out
-    assert "at step 2. To go on from step 1, the newest checkpoint's: python train.py ckpt_path=run" in said
+    assert "at step 2. To go on from step 2, the newest checkpoint's: python train.py ckpt_path=run" in said
 
 
 def test_ctrl_c_during_the_last_evaluation_keeps_what_training_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,10 +70,9 @@ def test_every_start_is_recorded_and_speed_outlives_an_evaluation(capsys: pytest
     first = start(folder=Path("run"))
     assert (first["status"], first["steps"], len(first["starts"])) == ("finished", 3, 1)
     assert 0 < first["seconds"]["train"] <= first["seconds"]["fit"]
-    shutil.copy("run/checkpoints/last.ckpt", "run/checkpoints/third.ckpt")
     (Path("run") / "results.json").write_text(json.dumps({**first, "versions": {}, "git": {}, "steps": 1}))
     more = go_on("ckpt_path=run", "trainer.max_steps=5")
-    assert "from run/checkpoints/last.ckpt (step 3)" in capsys.readouterr().out
+    assert "from run/checkpoints/step-00000003 (step 3)" in capsys.readouterr().out
     assert [begun["step"] for begun in more["starts"]] == [0, 3]
     assert more["versions"] == first["versions"]
     assert more["init_digest"] == first["init_digest"]
@@ -84,8 +83,8 @@ def test_every_start_is_recorded_and_speed_outlives_an_evaluation(capsys: pytest
     for name in ("tokens_per_second", "data"):
         assert evaluated[name] == more[name]
     assert evaluated["seconds"]["train"] == more["seconds"]["train"]
-    go_on("ckpt_path=run/checkpoints/third.ckpt", "trainer.max_steps=6")
-    assert "from run/checkpoints/third.ckpt (step 3)" in capsys.readouterr().out
+    go_on("ckpt_path=run/checkpoints/step-00000003", "trainer.max_steps=6")
+    assert "from run/checkpoints/step-00000003 (step 3)" in capsys.readouterr().out
 
 
 def test_init_from_is_recorded_and_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +129,7 @@ def test_threads_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     told: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", told.append)
-    cli_run._share_cores(run_of("data.workers=1"))
+    share_cores(run_of("data.workers=1"))
     assert told == [2]
 
 

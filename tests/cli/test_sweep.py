@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from tiny_run import leave_checkpoint
 
 from deepstack_pl.cli.report import duration, print_report, write_failure
 from deepstack_pl.cli.sweep import fairness, read_arms, report
@@ -129,8 +130,7 @@ def test_a_failed_arm_is_listed_and_keeps_what_it_had_found(tmp_path: Path) -> N
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     console = Console(record=True, width=140)
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"")
+    leave_checkpoint(tmp_path, 12)
     print_report(console, results(0.5, interrupted=True, steps=12), tmp_path)
     text = console.export_text()
     assert "80 seen, 16 in the context" in text

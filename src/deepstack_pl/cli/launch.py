@@ -24,12 +24,13 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from deepstack_pl.cli.folders import relative
 from deepstack_pl.cli.resume import Resumed
+from deepstack_pl.cli.surroundings import cores
 from deepstack_pl.config.load import save
 from deepstack_pl.config.run import RunConfig
-from deepstack_pl.training.config import Spread
+from deepstack_pl.training.config import PREEMPTED, Spread
 
 CONFIG, CALL = "config.yaml", "call.json"
-PREEMPTED, CTRL_C = 143, 130
+CTRL_C = 130  # exit status of a process that it stopped at once
 _GRACE = 20.0  # seconds in which the others end by themselves once one has failed
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # What a process says because another one is gone.
@@ -155,7 +156,7 @@ class _Group:
             "GROUP_RANK": 0,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": _free_port(),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, _cores() // count)),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, cores() // count)),
         }
         words = [sys.executable, "-m", "deepstack_pl.cli.worker", str(self.private)]
         for rank in range(count):
@@ -252,10 +253,6 @@ def _free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _die_with_the_parent() -> None:

@@ -2,30 +2,27 @@
 
 import contextlib
 import json
-import logging
-import os
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers.utils.logging import disable_progress_bar
 
 from deepstack_pl import processes
 from deepstack_pl.cli import checks, provenance
 from deepstack_pl.cli.assemble import Assembly, assemble, model_builder, settle
+from deepstack_pl.cli.description import describe
 from deepstack_pl.cli.folders import CONFIG, RECEIPT, checkpoint_of, claim, relative, remember, write_text
 from deepstack_pl.cli.launch import launch, require_group, started, wanted
 from deepstack_pl.cli.memory import print_memory
 from deepstack_pl.cli.report import print_report, write_results
 from deepstack_pl.cli.resume import Resumed, whole
 from deepstack_pl.cli.spread import spread
+from deepstack_pl.cli.surroundings import be_quiet, share_cores
 from deepstack_pl.cli.trial import one_step
 from deepstack_pl.config.load import save
 from deepstack_pl.config.run import DryRun, RunConfig
@@ -34,18 +31,11 @@ from deepstack_pl.evaluation.runner import evaluate
 from deepstack_pl.inspection.record import Receipt
 from deepstack_pl.multimodal.config import build_plan
 from deepstack_pl.processes import from_all, from_first, rank
-from deepstack_pl.training.interrupt import PREEMPTED
+from deepstack_pl.training.config import PREEMPTED
 from deepstack_pl.training.parts import apply_stage
 from deepstack_pl.training.restore import read_plain
 from deepstack_pl.training.sharding import gathered
 
-_KNOWN = (  # Lightning's advice that does not apply here
-    ".*does not have many workers.*",
-    ".*`val_dataloader`.*",
-    ".*isinstance.*LeafSpec.*",
-    ".*smaller than the logging interval.*",
-    "FSDP2-wrapped module .* returned a view tensor.*",  # nothing here works in place on what a module returns
-)
 # What a resume keeps of the results on disk: the rest is said anew, by what runs now.
 _KEPT = ("metrics", "seconds", "tokens_per_second", "init_digest", "architecture_digest", "init_from", "arm", "starts")
 
@@ -60,7 +50,7 @@ def execute(
 
     Raises:
         ValueError: something that the user can mend.
-        SystemExit: the machine was wanted for something else (`interrupt.PREEMPTED`).
+        SystemExit: the machine was wanted for something else (`PREEMPTED`).
     """
     checks.check(run, fresh=resumed is None)
     several = wanted(run).world > 1 and run.trial is not DryRun.true
@@ -78,8 +68,8 @@ def execute(
 def _here(run: RunConfig, folder: Path, command: str, arm: Sequence[str], resumed: Resumed | None) -> bool:
     """`execute`, in this process."""
     console, memory = Console(quiet=rank() > 0), provenance.Memory.begin()
-    _be_quiet()
-    _share_cores(run)
+    be_quiet()
+    share_cores(run)
     notes = settle(run)
     if run.init_from and resumed is None:
         notes.append(f"starting from the weights of {relative(run.init_from)}")
@@ -135,12 +125,12 @@ class _Run:
         try:
             self._spread()
             self._fit()
-            if self.work.stop.preempted:
-                return self._preempted()
-            self._evaluate()
+            if not self.work.stop.preempted:
+                self._evaluate()
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt)
-            reason = "stopped at once by Ctrl-C" if stopped else f"{type(error).__name__}: {error}"
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+            by = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else "a signal"
+            reason = f"stopped at once by {by}" if stopped else f"{type(error).__name__}: {error}"
             status = "interrupted" if stopped else "failed"
             self.results |= {"status": status, "interrupted": stopped, "reason": reason, "steps": self._step}
             tally = self.work.datamodule.tally_here()
@@ -149,6 +139,8 @@ class _Run:
             self._write()
             self._say_how_to_go_on(f"Stopped by {type(error).__name__}")
             raise
+        if self.work.stop.preempted:
+            self._preempted()
         if self.first:
             print_report(self.console, self.results, self.folder)
         return self.work.stop.interrupted
@@ -162,7 +154,7 @@ class _Run:
         if self.first:
             write_results(self.folder, self.results)
 
-    def _preempted(self) -> bool:
+    def _preempted(self) -> NoReturn:
         """Nothing more than is needed to go on: time is short."""
         self.results |= {"status": "interrupted", "interrupted": True, "reason": "the machine was wanted"}
         self._write()
@@ -217,7 +209,7 @@ class _Run:
         try:
             work.trainer.fit(work.module, datamodule=work.datamodule, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:  # what Lightning makes of a Ctrl-C that did not end in good order
-            if work.stop.interrupted or isinstance(error.__context__, KeyboardInterrupt):
+            if error.code != PREEMPTED and (work.stop.asked or isinstance(error.__context__, KeyboardInterrupt)):
                 raise KeyboardInterrupt from error
             raise
         finally:
@@ -280,31 +272,6 @@ class _Run:
         )
 
 
-def describe(run: RunConfig, work: Assembly) -> dict[str, Any]:
-    """What is known of a run before its first step."""
-    plan, per_view, parts = work.processor.plan, work.processor.tokens_per_view, work.module.parts
-    assert parts is not None
-    return {
-        "status": "running",
-        "interrupted": False,
-        "max_steps": run.trainer["max_steps"],
-        "init_from": relative(run.init_from) if run.init_from else None,
-        "metrics": {},
-        "plan": {"name": plan.name, "digest": plan.digest, "injections": [str(i) for i in plan.injections]},
-        "tokens_per_image": {"seen": plan.seen_tokens(per_view), "context": plan.context_tokens(per_view)},
-        "parameters": {"total": parts.parameters, "trained": parts.trained, "by_part": parts.to_dict()["parts"]},
-        "steps": 0,
-        "seconds": {"train": 0.0, "fit": 0.0, "evaluate": 0.0},
-        "tokens_per_second": None,
-        "seed": run.seed,
-        "data": provenance.data_of(work.train, work.val, run),
-        **provenance.weight_digests(work.module.network),
-        "device": provenance.device_name(work.trainer.strategy.root_device),
-        "versions": provenance.versions(),
-        "git": provenance.git(),
-    }
-
-
 @contextlib.contextmanager
 def _bar(console: Console) -> Iterator[Progress | None]:
     """A bar where somebody watches."""
@@ -314,22 +281,3 @@ def _bar(console: Console) -> Iterator[Progress | None]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         yield progress
-
-
-def _share_cores(run: RunConfig) -> None:
-    """Leave the data workers a core each: threads that wait for one another on too few cores spin most of the time."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _cores() - run.data.workers))
-
-
-def _cores() -> int:
-    """Cores that this process may use: a container or a batch system often lends fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _be_quiet() -> None:
-    """What libraries tell everybody is not what this run's reader needs."""
-    disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for text in _KNOWN:
-        warnings.filterwarnings("ignore", message=text)

@@ -24,6 +24,7 @@ from deepstack_pl.config.errors import sentence
 from deepstack_pl.config.load import from_hydra, register
 from deepstack_pl.config.overrides import check, parse
 from deepstack_pl.config.schema import Schema
+from deepstack_pl.training.config import PREEMPTED
 
 # Hydra's flags that take a value: what follows one is no override.
 _VALUED = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
@@ -94,7 +95,7 @@ class Jobs:
             self._start(composed, folder, arm)
         except (KeyboardInterrupt, SystemExit) as error:
             self.interrupted = True
-            self.stopped = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 130
+            self.stopped = PREEMPTED if isinstance(error, SystemExit) and error.code == PREEMPTED else 130
             reason = "stopped at once by Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"exit {error.code}"
             print(f"{', '.join(arm)}: {reason}", file=sys.stderr)
             self._leave_out(folder, arm, reason, "interrupted", tried)

@@ -50,6 +50,9 @@ class OptimConfig:
             raise ValueError(f"optim.max_skipped={self.max_skipped}: steps, 0 or more.")
 
 
+PREEMPTED = 143  # exit status of a run whose machine was wanted for something else: 128 + SIGTERM, as shells say it
+
+
 class Spread(Enum):
     """How a run is spread over processes, each with a device of its own; ``trainer.devices`` says how many."""
 

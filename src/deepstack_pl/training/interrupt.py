@@ -18,8 +18,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from deepstack_pl.processes import from_all, most, rank, several
+from deepstack_pl.training.config import PREEMPTED
 
-PREEMPTED = 143  # the exit status: 128 + SIGTERM, as a shell says it
 # SIGUSR1 is what SLURM's --signal is told by custom, some minutes before the end of a job.
 _PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
 _STOP, _PREEMPT = 1, 2
