@@ -72,15 +72,16 @@ def started() -> bool:
         return True
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) <= 1:  # also of a batch script, which has no srun around it
         return False
-    slurm = SLURMEnvironment(auto_requeue=False)
+    slurm = {name.removeprefix("SLURM_"): value for name, value in os.environ.items() if name.startswith("SLURM_")}
+    processes = int(slurm["STEP_NUM_TASKS"])
     values = {
-        "RANK": slurm.global_rank(),
-        "LOCAL_RANK": slurm.local_rank(),
-        "GROUP_RANK": slurm.node_rank(),
-        "WORLD_SIZE": slurm.world_size(),
-        "LOCAL_WORLD_SIZE": slurm.world_size() // int(os.environ.get("SLURM_STEP_NUM_NODES", "1")),
-        "MASTER_ADDR": slurm.main_address,
-        "MASTER_PORT": slurm.main_port,
+        "RANK": slurm["PROCID"],
+        "LOCAL_RANK": slurm["LOCALID"],
+        "GROUP_RANK": slurm["NODEID"],
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes // int(slurm.get("STEP_NUM_NODES", "1")),
+        "MASTER_ADDR": SLURMEnvironment.resolve_root_node_address(slurm.get("STEP_NODELIST") or slurm["NODELIST"]),
+        "MASTER_PORT": 15000 + int(slurm["JOB_ID"]) % 10000,  # the same for all of the job, and few jobs' own
     }
     os.environ |= {name: str(value) for name, value in values.items()}
     return True

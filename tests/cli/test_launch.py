@@ -1,0 +1,129 @@
+"""How many processes a run wants, who has started them, and what is said when one of them fails."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import run_of
+
+from deepstack_pl.cli import launch
+from deepstack_pl.cli.launch import Machines, require_group, started, wanted
+
+ASLEEP = "import time; time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ([], (1, 1)),
+        (["strategy=ddp", "trainer.devices=2"], (2, 1)),
+        (["strategy=fsdp", "trainer.devices='4'", "trainer.num_nodes=2"], (4, 2)),
+        (["strategy=fsdp", "trainer.devices=1"], (1, 1)),
+    ],
+)
+def test_a_process_for_each_device(words: list[str], found: tuple[int, int]) -> None:
+    assert wanted(run_of(*words)) == Machines(*found)
+
+
+def test_every_gpu_is_taken_unless_a_number_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert wanted(run_of("strategy=fsdp", "trainer=gpu")).devices == 4
+    assert wanted(run_of("strategy=fsdp", "trainer=gpu", "trainer.devices=auto")).devices == 4
+    assert wanted(run_of("trainer=gpu")).devices == 1
+
+
+def test_torchruns_processes_are_a_group_and_a_lonely_batch_script_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert not started()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # what was asked for; nobody has started it
+    assert not started()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert started()
+    with pytest.raises(ValueError, match=r"2 processes were started, but trainer\.devices=4 .* are 8"):
+        require_group(Machines(4, 2))
+
+
+def test_sruns_tasks_are_a_group_that_torch_can_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = {
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+        "SLURM_NODELIST": "gpu[07-08]",
+        "SLURM_JOB_ID": "1234567",
+        "SLURM_JOB_NAME": "train",
+    }
+    monkeypatch.setattr(os, "environ", {**{k: v for k, v in os.environ.items() if "RANK" not in k}, **slurm})
+    assert started()
+    found = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
+    assert found == {
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "gpu07",
+    }
+    require_group(Machines(2, 2))
+
+
+def failed(tmp_path: Path, codes: list[int], *said: dict[str, Any]) -> Exception:
+    group = launch._Group(tmp_path, tmp_path)
+    for each in said:
+        whole = {"time": 0.0, "mendable": False, **each}
+        (tmp_path / f"error-{each['rank']}.json").write_text(json.dumps(whole))
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        group._explain(codes)
+    return caught.value
+
+
+def test_what_went_wrong_first_is_said_and_not_what_followed_from_it(tmp_path: Path) -> None:
+    broken = {"rank": 0, "time": 1.0, "text": "RuntimeError: Connection closed by peer [127.0.0.1]"}
+    error = failed(tmp_path, [1, 1], broken, {"rank": 1, "time": 2.0, "text": "ZeroDivisionError: division by zero"})
+    assert str(error) == "process 1: ZeroDivisionError: division by zero"
+
+
+def test_what_all_say_is_said_once_and_names_nobody(tmp_path: Path) -> None:
+    same = [{"rank": rank, "time": float(rank), "mendable": True, "text": "seed=-1"} for rank in (0, 1)]
+    error = failed(tmp_path, [1, 1], *same)
+    assert isinstance(error, ValueError)
+    assert str(error) == "seed=-1"
+
+
+def test_a_process_that_was_killed_is_named_with_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    beat = {"step": 7, "phase": "forward and backward", "samples": [], "time": 0.0}
+    (tmp_path / "logs" / "heartbeat-1.json").write_text(json.dumps(beat))
+    broken = {"rank": 0, "time": 1.0, "text": "RuntimeError: Connection closed by peer [127.0.0.1]"}
+    error = failed(tmp_path, [1, -signal.SIGKILL], broken)
+    assert re.match(r"process 1 was ended by SIGKILL in step 7 \(forward and backward\)", str(error))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say that a parent has died")
+def test_no_process_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import subprocess, sys, time; from deepstack_pl.cli.launch import _die_with_the_parent\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {ASLEEP!r}], preexec_fn=_die_with_the_parent)\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 20
+    while Path(f"/proc/{child}/status").exists() and "\nState:\tZ" not in Path(f"/proc/{child}/status").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -1,0 +1,54 @@
+"""Signs of life, and what is written when they stop."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from small_run import Pages, small_module, small_processor, small_trainer
+
+from deepstack_pl.data.config import DataConfig
+from deepstack_pl.training.config import StrategyConfig
+from deepstack_pl.training.datamodule import DeepStackDataModule
+from deepstack_pl.training.watchdog import Watchdog
+
+
+class Pause(lightning.Callback):
+    """Nothing happens for ``seconds`` in step 2."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 1:
+            time.sleep(self.seconds)
+
+
+def fit(folder: Path, *callbacks: lightning.Callback) -> Any:
+    module, config = small_module(steps=3), DataConfig(name="x", batch_size=2, workers=0)
+    data = DeepStackDataModule(Pages(), Pages(4), small_processor(), config, 0, 3)
+    small_trainer(folder, 3, callbacks=list(callbacks)).fit(module, datamodule=data)
+    return module
+
+
+def test_a_stall_is_told_once_with_the_step_the_samples_and_every_stack(tmp_path: Path, capfd: Any) -> None:
+    watchdog = Watchdog(tmp_path, StrategyConfig(name="single", stall=0.4))
+    fit(tmp_path, watchdog, Pause(1.5))
+    assert watchdog.stalls == 1
+    said = capfd.readouterr().err
+    assert "process 0 has made no batch for 0.4 s: step 1, forward and backward, samples page" in said
+    assert "in on_train_batch_start" in (tmp_path / "logs" / "stack-0.txt").read_text()
+    beat = json.loads((tmp_path / "logs" / "heartbeat-0.json").read_text())
+    assert beat["step"] in (1, 2)
+    assert beat["samples"]
+
+
+def test_it_changes_no_weight_and_says_nothing_where_all_goes_on(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path / "a", StrategyConfig(name="single"))
+    watched, alone = fit(tmp_path / "a", watchdog), fit(tmp_path / "b")
+    assert watchdog.stalls == 0
+    for (name, one), other in zip(watched.network.named_parameters(), alone.network.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert watchdog._thread is None
