@@ -223,7 +223,6 @@ class _Run:
             return
         weights = gathered(work.module.network)
         if self.first:
-            (self.folder / "hparams.yaml").unlink(missing_ok=True)  # the TensorBoard logger's; config.yaml says it all
             work.module.network.save_pretrained(self.folder, state_dict=weights)
             work.processor.save_pretrained(self.folder)
 
@@ -249,6 +248,9 @@ class _Run:
         if not self.first:
             return
         log_results(self.work.trainer.loggers, found, self._step, prefix="final")
+        for logger in self.work.trainer.loggers:
+            logger.finalize("success")  # these numbers come after Lightning's own
+        (self.folder / "hparams.yaml").unlink(missing_ok=True)  # the TensorBoard logger's; config.yaml says it all
         lines = [json.dumps(record.to_dict(), ensure_ascii=False) for record in found.records]
         write_text(self.folder / "predictions.jsonl", "\n".join(lines) + "\n")
         self.results["seconds"]["evaluate"] += time.perf_counter() - start

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from deepstack_pl.cli import resume
+from deepstack_pl.cli.ending import end_now
 from deepstack_pl.cli.folders import discard_if_empty
 from deepstack_pl.config.errors import sentence
 from deepstack_pl.config.load import from_hydra, register
@@ -122,10 +123,17 @@ class Jobs:
 
 def main(conf: Path, argv: Sequence[str]) -> int:
     """Train as ``argv`` says, with the options of ``conf``; the exit status."""
+    if _together() > 1:
+        end_now(_main, conf, argv)
+    return _main(conf, argv)
+
+
+def _main(conf: Path, argv: Sequence[str]) -> int:
     line, command = CommandLine.read(argv), shlex.join(["python", "train.py", *argv])
     register()
     schema = Schema(_folders(conf, line))
     try:
+        _refuse_sweep_in_group(line)
         schema.refuse_namesakes()
         overrides = parse(line.overrides)
         check(overrides, schema)
@@ -149,6 +157,21 @@ def main(conf: Path, argv: Sequence[str]) -> int:
             raise
         print(text, file=sys.stderr)
         return 1
+
+
+def _together() -> int:
+    """How many processes torchrun or srun has started with this one."""
+    return max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+
+
+def _refuse_sweep_in_group(line: CommandLine) -> None:
+    """Points of a sweep cannot share a group of processes: the second would meet what the first left of it."""
+    several = _together()
+    if several > 1 and {"-m", "--multirun"} & {*line.flags}:
+        raise ValueError(
+            f"-m in one of {several} processes that were started together: a sweep starts the processes of each point "
+            "itself. Start it once, without torchrun or srun; over several machines with hydra/launcher=submitit_slurm."
+        )
 
 
 def _arm_names(overrides: Sequence[Override]) -> list[str]:

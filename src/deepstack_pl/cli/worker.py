@@ -7,6 +7,7 @@ import time
 import traceback
 from pathlib import Path
 
+from deepstack_pl.cli.ending import end_now
 from deepstack_pl.cli.launch import CALL, CONFIG, CTRL_C
 
 
@@ -56,4 +57,4 @@ def _write_to(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    end_now(main, Path(sys.argv[1]))

@@ -93,7 +93,9 @@ def shard(
 def gathered(model: DeepStackForConditionalGeneration) -> dict[str, Any]:
     """All weights on the CPU of process 0; nothing on the others. All processes must call it."""
     if any(isinstance(module, FSDPModule) for module in model.modules()):
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        twice = {name for _, *others in _shared(model) for name in others}  # gathered, they are no longer one tensor
+        return {name: tensor for name, tensor in found.items() if name not in twice}
     return model.state_dict() if rank() == 0 else {}
 
 
