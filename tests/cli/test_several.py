@@ -87,7 +87,7 @@ def test_a_preempted_run_exits_143_and_goes_on_alone(one: Path, tmp_path: Path) 
     assert checkpoint.step < 3
     assert not verify(checkpoint)
     words = [sys.executable, str(REPOSITORY / "train.py"), f"ckpt_path={folder}"]
-    alone = ("strategy.kind=single", "trainer.devices=1", "callbacks.slow=null")
+    alone = ("strategy.kind=single", "trainer.devices=1")
     done = call([*words, *alone], tmp_path)
     assert done.returncode == 0, done.stderr
     assert results_of(folder)["data"] == results_of(one)["data"]

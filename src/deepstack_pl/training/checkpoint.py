@@ -1,5 +1,6 @@
 """When a run is saved: every so many steps, and at its end, wherever that is."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from deepstack_pl.training.random_state import restore_random_state
 from deepstack_pl.training.store import SaveFailed, Saver, Store
 from deepstack_pl.training.strategies import Stored
 
+_PATIENCE = 60.0  # seconds, after an exception, for a save that others may have given up
 _FAILURES = 3  # saves in a row that may fail before the run stops: until then what is trained is not thrown away
 
 
@@ -77,10 +79,13 @@ class RunCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        if several() or not trainer.optimizers or self._saver is None or isinstance(exception, SaveFailed):
+        if self._saver is None:
             return
+        with contextlib.suppress(SaveFailed, TimeoutError, RuntimeError):  # what ends the run is what must be said
+            self._saver.wait(_PATIENCE if several() else None)
         assert isinstance(pl_module, DeepStackModule)
-        if trainer.global_step and not pl_module.updating:
+        consistent = trainer.optimizers and trainer.global_step and not pl_module.updating
+        if consistent and not several() and not isinstance(exception, SaveFailed):
             self._save(trainer)
             self._wait(last=False)
 

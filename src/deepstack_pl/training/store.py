@@ -177,15 +177,16 @@ class Saver:
         draft = _draft(step, staged, plain, mine, facts)
         self._pending = self._thread.submit(self._store._write, draft, self._group)
 
-    def wait(self) -> None:
-        """Until what was started is saved.
+    def wait(self, timeout: float | None = None) -> None:
+        """Until what was started is saved, for ``timeout`` seconds at most.
 
         Raises:
             SaveFailed: it is not.
+            TimeoutError: not yet.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            pending.result(timeout)
 
     def close(self) -> None:
         """Wait, and end the thread."""
