@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from small_run import Pages, small_module, small_processor, small_trainer
+from small_run import Pages, newest, small_module, small_processor, small_trainer
 
 from deepstack_pl.batch import Reason, Record, Refused
 from deepstack_pl.data.config import Batching, DataConfig, Remainder, Shuffle
 from deepstack_pl.training.checkpoint import RunCheckpoint
+from deepstack_pl.training.config import Spread, StrategyConfig
 from deepstack_pl.training.datamodule import DeepStackDataModule
 from deepstack_pl.training.ledger import Ledger
+from deepstack_pl.training.strategies import make_strategy
 
 STEPS, PAGES, BATCH = 7, 18, 8  # three steps an epoch, the last of 2 samples and 6 rows that fill it
 
@@ -69,6 +72,7 @@ def one_fit(
     lightning.seed_everything(0, verbose=False)
     data = DeepStackDataModule(pages, Pages(4), small_processor(), values, 0, STEPS, ledger=Ledger(folder / name))
     notes, world = Noted(), int(_environment("WORLD_SIZE", "1"))
+    spread = StrategyConfig(name="x", kind=Spread.ddp if world > 1 else Spread.single)
     (folder / name).mkdir(parents=True, exist_ok=True)
     trainer = small_trainer(
         folder / name,
@@ -78,11 +82,11 @@ def one_fit(
         accumulate_grad_batches=values.accumulation(world),
         use_distributed_sampler=False,
         devices=world,
-        strategy="ddp" if world > 1 else "auto",
+        strategy=make_strategy(spread, torch.device("cpu"), world),
     )
     error = None
     try:
-        ckpt = str(folder / resume / "last.ckpt") if resume else None
+        ckpt = str(newest(folder / resume)) if resume else None
         trainer.fit(small_module(steps=STEPS), datamodule=data, ckpt_path=ckpt, weights_only=True)
     except ValueError as refusal:
         error = str(refusal)

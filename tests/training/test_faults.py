@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from itertools import chain
@@ -53,6 +54,12 @@ def several(folder: Path, phases: list[dict[str, Any]], **environment: str) -> s
         text=True,
         timeout=250,
     )
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
 
 
 def told(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -150,8 +157,23 @@ def test_a_process_that_dies_takes_the_other_with_it_and_the_checkpoint_stays(tm
 
 
 def test_a_process_that_hangs_is_not_waited_for_longer_than_the_timeout(tmp_path: Path) -> None:
-    done = several(tmp_path, [{"name": "hangs", "fault": "hang", "where": 1, "at": 3, "every": 2}], PATIENCE="5")
-    assert done.returncode != 0
+    fits = json.dumps([{"name": "hangs", "fault": "hang", "where": 1, "at": 3, "every": 2}])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PATIENCE": "5"}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(tmp_path), fits],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in (0, 1)
+    )
+    try:
+        first.wait(timeout=120)
+        assert second.poll() is None, "it hangs on; what started both ends it"
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.wait()
     found = json.loads((tmp_path / "hangs" / "rank-0.json").read_text())
     assert "imed out" in found["error"]
     assert newest(tmp_path / "hangs").name.endswith("2")

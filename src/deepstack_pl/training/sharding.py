@@ -94,9 +94,10 @@ def gathered(model: DeepStackForConditionalGeneration) -> dict[str, Any]:
     """All weights on the CPU of process 0; nothing on the others. All processes must call it."""
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        twice = {name for _, *others in _shared(model) for name in others}  # gathered, they are no longer one tensor
-        return {name: tensor for name, tensor in found.items() if name not in twice}
-    return model.state_dict() if rank() == 0 else {}
+    else:
+        found = model.state_dict() if rank() == 0 else {}
+    twice = {name for _, *others in _shared(model) for name in others}  # gathered, they are no longer one tensor
+    return {name: tensor for name, tensor in found.items() if name not in twice}
 
 
 def _again(block: nn.Module, forward: Callable[..., Any], context: dict[str, Any]) -> Callable[..., Any]:
