@@ -35,14 +35,14 @@ def several() -> bool:
     return world() > 1
 
 
-def join(timeout: float) -> None:
+def join(timeout: float, device: torch.device) -> None:
     """Meet the processes that the launcher's environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
     ``timeout``: seconds that one waits for another, until `shorten`. Words go over gloo, tensors of a GPU over NCCL.
     """
-    backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
 
@@ -50,7 +50,7 @@ def shorten(timeout: float) -> None:
     """From now on one waits for another for ``timeout`` seconds. All processes must call it."""
     if not several():
         return
-    dist.barrier()
+    from_all(None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the public name is newer than the oldest torch that will do
         _set_pg_timeout(timedelta(seconds=timeout))
@@ -105,11 +105,11 @@ def in_turn() -> Iterator[None]:
     must enter.
     """
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if several() and not first:
-        dist.barrier()
+    if not first:
+        from_all(None)
     yield
-    if several() and first:
-        dist.barrier()
+    if first:
+        from_all(None)
 
 
 @contextmanager

@@ -134,7 +134,7 @@ def one_fit(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        processes.join(60)
+        processes.join(60, torch.device("cpu"))
     for phase in json.loads(sys.argv[2]):
         one_fit(Path(sys.argv[1]), **phase)
     processes.leave()

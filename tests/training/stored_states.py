@@ -128,7 +128,7 @@ def healthy(folder: Path, saver: Saver) -> dict[str, Any]:
 
 
 def main(folder: Path, phase: str) -> None:
-    processes.join(30)
+    processes.join(30, torch.device("cpu"))
     saver = Saver(Store(folder / ("two" if phase == "healthy" else phase)))
     told: dict[str, Any] = {}
     if phase == "healthy":

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deepstack_pl import processes
 from deepstack_pl.cli import checks, provenance
-from deepstack_pl.cli.assemble import Assembly, assemble, model_builder, settle
+from deepstack_pl.cli.assemble import Assembly, assemble, device_of, model_builder, settle
 from deepstack_pl.cli.description import describe
 from deepstack_pl.cli.folders import CONFIG, RECEIPT, checkpoint_of, claim, relative, remember, write_text
 from deepstack_pl.cli.launch import launch, require_group, started, wanted
@@ -58,7 +58,7 @@ def execute(
         return launch(run, folder, command, arm, resumed)
     if several:
         require_group(wanted(run))
-        processes.join(run.strategy.start_timeout)
+        processes.join(run.strategy.start_timeout, device_of(run))
     try:
         return _here(run, Path(from_first(str(folder))), command, arm, resumed)
     finally:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+import torch
 from rich.console import Console
 
 from deepstack_pl.cli.assemble import Assembly
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.inspection.receipt import take_receipt
 from deepstack_pl.inspection.record import Receipt
-from deepstack_pl.inspection.witness import compare, testify
+from deepstack_pl.inspection.witness import Testimony, compare, testify
 from deepstack_pl.processes import from_first, rank
 from deepstack_pl.training.sharding import PRECISIONS, checkpoint_activations, shard, shares_weights
 
@@ -23,12 +24,11 @@ def spread(run: RunConfig, work: Assembly, keep: Callable[[Receipt], None], cons
     module, config = work.module, run.strategy
     device, shares = work.trainer.strategy.root_device, shares_weights(config)
     receipt = before = None
-    if rank() == 0 or not shares:
+    if not shares:
         module.to(device)
     if rank() == 0:
-        receipt = take_receipt(module.network, work.processor)
+        receipt, before = _of_the_whole(work, device, console) if shares else (_receipt(work), None)
         keep(receipt)
-        before = testify(module.network, work.processor) if shares and receipt.ok else None
     receipt, before = from_first((receipt, before))
     assert receipt is not None
     receipt.require()
@@ -36,7 +36,26 @@ def spread(run: RunConfig, work: Assembly, keep: Callable[[Receipt], None], cons
     if shares:
         assert before is not None
         precision = str(run.trainer.get("precision") or "32-true")
-        shard(module.network.cpu() if rank() == 0 else module.network, config, precision, device)
+        shard(module.network, config, precision, device)
         found = compare(before, testify(module.network, work.processor), PRECISIONS[precision][1])
         console.print(found, markup=False, highlight=False, soft_wrap=True)
     return receipt
+
+
+def _receipt(work: Assembly) -> Receipt:
+    return take_receipt(work.module.network, work.processor)
+
+
+def _of_the_whole(work: Assembly, device: torch.device, console: Console) -> tuple[Receipt, Testimony]:
+    """The receipt and the whole model's answers; on the device, unless it is too small for the whole."""
+    for place in (device, torch.device("cpu")):
+        try:
+            work.module.to(place)
+            return _receipt(work), testify(work.module.network, work.processor)
+        except torch.OutOfMemoryError:
+            console.print("one device is too small for the whole model: the receipt is taken on the CPU, which is slow")
+        finally:
+            work.module.cpu()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    raise AssertionError("the CPU has no OutOfMemoryError")

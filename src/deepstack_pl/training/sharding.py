@@ -70,11 +70,12 @@ def shard(
     All processes must call it.
     """
     held, computed = PRECISIONS[precision]
-    weights = {name: tensor.to(held) for name, tensor in model.state_dict().items()} if rank() == 0 else {}
+    weights = model.state_dict() if rank() == 0 else {}
+    weights = {name: value.to(held) if value.is_floating_point() else value for name, value in weights.items()}
     buffers = from_first({name: buffer.cpu() for name, buffer in model.named_buffers()} if rank() == 0 else {})
     shared = _shared(model)
     nn.Module.to(model, "meta")
-    model.to(held)
+    nn.Module.to(model, held)
     _tie(model, shared)
     mesh, policy = _mesh(config, device), MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32)
     for unit in units(model):
