@@ -56,12 +56,6 @@ def shorten(timeout: float) -> None:
         _set_pg_timeout(timedelta(seconds=timeout))
 
 
-def leave() -> None:
-    """End the group."""
-    if _joined():
-        dist.destroy_process_group()
-
-
 def from_first(value: T) -> T:
     """What process 0 has; plain values, pickled."""
     if not several():

@@ -181,4 +181,5 @@ if __name__ == "__main__":
         processes.join(float(os.environ.get("PATIENCE", "60")), torch.device("cpu"))
     for phase in json.loads(sys.argv[2]):
         one_fit(Path(sys.argv[1]), **phase)
-    processes.leave()
+    if processes.several():
+        torch.distributed.destroy_process_group()

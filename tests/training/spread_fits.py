@@ -137,4 +137,5 @@ if __name__ == "__main__":
         processes.join(60, torch.device("cpu"))
     for phase in json.loads(sys.argv[2]):
         one_fit(Path(sys.argv[1]), **phase)
-    processes.leave()
+    if processes.several():
+        torch.distributed.destroy_process_group()

@@ -144,7 +144,8 @@ def main(folder: Path, phase: str) -> None:
             told = {"error": type(error).__name__, "left": sorted(path.name for path in (folder / phase).iterdir())}
     saver.close()
     (folder / f"{phase}-{processes.rank()}.json").write_text(json.dumps(told))
-    processes.leave()
+    if processes.several():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

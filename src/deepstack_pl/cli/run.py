@@ -58,11 +58,8 @@ def execute(
         return launch(run, folder, command, arm, resumed)
     if several:
         require_group(wanted(run))
-        processes.join(run.strategy.start_timeout, device_of(run))
-    try:
-        return _here(run, Path(from_first(str(folder))), command, arm, resumed)
-    finally:
-        processes.leave()
+        processes.join(run.strategy.start_timeout, device_of(run))  # for good: the process ends with its run
+    return _here(run, Path(from_first(str(folder))), command, arm, resumed)
 
 
 def _here(run: RunConfig, folder: Path, command: str, arm: Sequence[str], resumed: Resumed | None) -> bool:
