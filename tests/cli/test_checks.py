@@ -56,6 +56,8 @@ def test_one_device_may_be_chosen_by_its_number() -> None:
         (["strategy=fsdp_hybrid", "trainer.devices=4", "strategy.replicas=3"], "replicas=3 does not divide 4"),
         (["strategy=fsdp", "trainer.devices=2", "strategy.replicas=2"], "are the groups of strategy=fsdp_hybrid"),
         (["strategy=fsdp", "trainer.devices=0"], "trainer.devices=0: use 1 or more"),
+        (["strategy=fsdp", "trainer.devices=two"], "trainer.devices=two: use 1 or more"),
+        (["strategy=fsdp", "trainer.devices=[2,3]"], "CUDA_VISIBLE_DEVICES=2,3, and say trainer.devices=2"),
         (["strategy.timeout=0"], "strategy.timeout=0.0: seconds, more than 0"),
     ],
 )

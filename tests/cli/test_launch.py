@@ -16,6 +16,7 @@ from tiny_run import run_of
 
 from deepstack_pl.cli import launch
 from deepstack_pl.cli.launch import Machines, require_group, started, wanted
+from deepstack_pl.cli.run import execute
 
 ASLEEP = "import time; time.sleep(60)"
 
@@ -38,6 +39,19 @@ def test_every_gpu_is_taken_unless_a_number_is_given(monkeypatch: pytest.MonkeyP
     assert wanted(run_of("strategy=fsdp", "trainer=gpu")).devices == 4
     assert wanted(run_of("strategy=fsdp", "trainer=gpu", "trainer.devices=auto")).devices == 4
     assert wanted(run_of("trainer=gpu")).devices == 1
+
+
+def test_more_processes_than_gpus_are_refused_before_any_is_started(tmp_path: Path) -> None:
+    run = run_of("strategy=fsdp", "trainer=gpu", "trainer.devices=64", "data.batch_size=64")
+    with pytest.raises(ValueError, match=r"trainer\.devices=64, but torch finds \d+ GPUs here.*accelerator=cpu"):
+        execute(run, tmp_path / "run", "python train.py")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_machine_of_several_is_told_how_to_start_them_all(tmp_path: Path) -> None:
+    run = run_of("strategy=fsdp", "trainer.devices=2", "trainer.num_nodes=2")
+    with pytest.raises(ValueError, match=r"torchrun --nnodes 2 --nproc-per-node 2 .* or by srun"):
+        execute(run, tmp_path / "run", "python train.py")
 
 
 def test_torchruns_processes_are_a_group_and_a_lonely_batch_script_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

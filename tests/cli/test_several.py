@@ -110,6 +110,7 @@ def test_what_a_worker_refuses_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.count("vocab_size=500, but the tokenizer's largest id is 511") == 1
+    assert not (tmp_path / "run").exists(), "a run that never began leaves nothing"
 
 
 def test_a_worker_that_is_killed_is_named(tmp_path: Path) -> None:

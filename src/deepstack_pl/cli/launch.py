@@ -7,6 +7,7 @@ torchrun and srun they are there already, and nothing is started here.
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,14 +23,14 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from deepstack_pl.cli.folders import relative
+from deepstack_pl.cli.folders import CONFIG, relative
 from deepstack_pl.cli.resume import Resumed
 from deepstack_pl.cli.surroundings import cores
 from deepstack_pl.config.load import save
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.training.config import PREEMPTED, Spread
 
-CONFIG, CALL = "config.yaml", "call.json"
+CALL = "call.json"
 CTRL_C = 130  # exit status of a process that it stopped at once
 _GRACE = 20.0  # seconds in which the others end by themselves once one has failed
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -118,6 +119,11 @@ def launch(run: RunConfig, folder: Path, command: str, arm: Sequence[str], resum
             f"--nnodes {there.nodes} --nproc-per-node {there.devices} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
             "train.py ..., or by srun."
         )
+    if _on_gpu(run) and there.devices > torch.cuda.device_count():
+        raise ValueError(
+            f"trainer.devices={there.devices}, but torch finds {torch.cuda.device_count()} GPUs here. Say as many, or "
+            "trainer.accelerator=cpu."
+        )
     with tempfile.TemporaryDirectory(prefix="deepstack-") as private, _Group(Path(private), folder) as group:
         save(run, group.private / CONFIG)
         call = {"folder": str(folder), "command": command, "arm": list(arm), "resumed": None}
@@ -201,6 +207,8 @@ class _Group:
             same = [each["rank"] for each in causes if each["text"] == first["text"]]
             who = "" if len(same) == len(codes) or first["rank"] == 0 else f"process {first['rank']}: "
             if first["mendable"]:
+                if not (self.folder / CONFIG).exists():  # the run never began, and the sentence says why
+                    shutil.rmtree(self.folder / "logs", ignore_errors=True)
                 raise ValueError(f"{who}{first['text']}")
             raise LaunchError(f"process {first['rank']}: {first['text']}")
         if lost:
@@ -227,11 +235,8 @@ class LaunchError(RuntimeError):
 
 def _devices(run: RunConfig) -> int:
     """Processes on each machine."""
-    asked, kind = run.trainer.get("devices"), run.strategy.kind
-    accelerator = str(run.trainer.get("accelerator", "auto"))
-    gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-    here = torch.cuda.device_count() if gpu else 0
-    if asked is None and kind is Spread.single:
+    asked, here = run.trainer.get("devices"), torch.cuda.device_count() if _on_gpu(run) else 0
+    if asked is None and run.strategy.kind is Spread.single:
         return 1
     if asked in (None, "auto", "-1", -1):
         if not here:
@@ -239,11 +244,23 @@ def _devices(run: RunConfig) -> int:
                 f"strategy={run.strategy.name} takes a process for each device, and there is no GPU here to count. Say "
                 "trainer.devices=N."
             )
-        return 1 if kind is Spread.single and asked is None else here
-    count = len(asked) if isinstance(asked, list | tuple) else int(asked)
-    if count < 1:
+        return here
+    if isinstance(asked, list | tuple) and len(asked) == 1:
+        return 1
+    if isinstance(asked, list | tuple):
+        chosen = ",".join(map(str, asked))
+        raise ValueError(
+            f"trainer.devices={asked}: processes take the GPUs there are in their order. Choose by the environment, "
+            f"CUDA_VISIBLE_DEVICES={chosen}, and say trainer.devices={len(asked)}."
+        )
+    if not str(asked).isdigit() or int(asked) < 1:
         raise ValueError(f"trainer.devices={asked}: use 1 or more, or auto for every GPU here.")
-    return count
+    return int(asked)
+
+
+def _on_gpu(run: RunConfig) -> bool:
+    accelerator = str(run.trainer.get("accelerator", "auto"))
+    return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
 
 
 def _bad(code: int | None) -> bool:

@@ -8,7 +8,8 @@ import traceback
 from pathlib import Path
 
 from deepstack_pl.cli.ending import end_now
-from deepstack_pl.cli.launch import CALL, CONFIG, CTRL_C
+from deepstack_pl.cli.folders import CONFIG
+from deepstack_pl.cli.launch import CALL, CTRL_C
 
 
 def main(private: Path) -> int:
