@@ -38,7 +38,7 @@ def several() -> bool:
 def join(timeout: float, device: torch.device) -> None:
     """Meet the processes that the launcher's environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
-    ``timeout``: seconds that one waits for another, until `shorten`. Words go over gloo, tensors of a GPU over NCCL.
+    ``timeout``: seconds that one waits for another, until `wait_for`. Words go over gloo, tensors of a GPU over NCCL.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -46,7 +46,7 @@ def join(timeout: float, device: torch.device) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
 
-def shorten(timeout: float) -> None:
+def wait_for(timeout: float) -> None:
     """From now on one waits for another for ``timeout`` seconds. All processes must call it."""
     if not several():
         return

@@ -55,6 +55,7 @@ def test_one_device_may_be_chosen_by_its_number() -> None:
         (["strategy=fsdp", "trainer.devices=2", "trainer.precision=16-mixed"], "bfloat16 needs no loss scaler"),
         (["strategy=fsdp_hybrid", "trainer.devices=4", "strategy.replicas=3"], "replicas=3 does not divide 4"),
         (["strategy=fsdp", "trainer.devices=2", "strategy.replicas=2"], "are the groups of strategy=fsdp_hybrid"),
+        (["strategy=fsdp", "trainer.devices=1"], "trainer.devices=1 is one here. Say strategy=single"),
         (["strategy=fsdp", "trainer.devices=0"], "trainer.devices=0: use 1 or more"),
         (["strategy=fsdp", "trainer.devices=two"], "trainer.devices=two: use 1 or more"),
         (["strategy=fsdp", "trainer.devices=[2,3]"], "CUDA_VISIBLE_DEVICES=2,3, and say trainer.devices=2"),

@@ -38,7 +38,8 @@ def test_a_stall_is_told_once_with_the_step_the_samples_and_every_stack(tmp_path
     fit(tmp_path, watchdog, Pause(1.5))
     assert watchdog.stalls == 1
     said = capfd.readouterr().err
-    assert "process 0 has made no batch for 0.4 s: step 1, forward and backward, samples page" in said
+    assert "process 0 has made no batch for " in said
+    assert " s: step 1, forward and backward, samples page" in said
     assert "in on_train_batch_start" in (tmp_path / "logs" / "stack-0.txt").read_text()
     beat = json.loads((tmp_path / "logs" / "heartbeat-0.json").read_text())
     assert beat["step"] in (1, 2)

@@ -69,6 +69,12 @@ def check_trainer(run: RunConfig) -> None:
             f"{', '.join(PRECISIONS)}. bfloat16 needs no loss scaler, which float16 does."
         )
     there = wanted(run)
+    if shares_weights(run.strategy) and there.world == 1:
+        raise ValueError(
+            f"strategy.kind={run.strategy.kind.name} shares weights out over processes, and trainer.devices="
+            f"{run.trainer.get('devices')} is one here. Say strategy=single (strategy.kind=single with ckpt_path), or "
+            "trainer.devices=2 or more."
+        )
     run.data.accumulation(there.world)  # a step is as many whole micro-batches for each process
     replicas_of(run.strategy, there.world, there.nodes)
 

@@ -35,7 +35,15 @@ CTRL_C = 130  # exit status of a process that it stopped at once
 _GRACE = 20.0  # seconds in which the others end by themselves once one has failed
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # What a process says because another one is gone.
-_CONSEQUENCES = ("onnection closed", "onnection reset", "onnection refused", "imed out", "roken pipe", "Store")
+_CONSEQUENCES = (
+    "onnection closed",
+    "onnection reset",
+    "onnection refused",
+    "imed out",
+    "roken pipe",
+    "TCPStore",
+    "DistStoreError",
+)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -142,6 +150,8 @@ class _Group:
         self.private, self.folder = private, folder
         self.processes: list[subprocess.Popen[bytes]] = []
         self._old: dict[signal.Signals, Any] = {}
+        self._sent: int | None = None  # the first signal that was handed on
+        self._given_up: set[int] = set()  # processes that had to be ended
 
     def __enter__(self) -> "_Group":
         for number in _FORWARDED:
@@ -179,11 +189,17 @@ class _Group:
             if failed_at is None and any(_bad(process.poll()) for process in self.processes):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > _GRACE:
-                for process in self.processes:
+                for rank, process in enumerate(self.processes):
                     if process.poll() is None:
+                        self._given_up.add(rank)
                         process.kill()
             time.sleep(0.05)
         codes = [process.returncode for process in self.processes]
+        asked = (CTRL_C, PREEMPTED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR1)
+        if self._sent is not None and any(code in asked for code in codes) and not self._causes():  # before training
+            if self._sent == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(PREEMPTED)
         if PREEMPTED in codes and not any(_bad(code) for code in codes):
             raise SystemExit(PREEMPTED)
         if CTRL_C in codes and not any(_bad(code) for code in codes):
@@ -194,13 +210,11 @@ class _Group:
 
     def _explain(self, codes: list[int]) -> None:
         """Raise what went wrong first: not what the others said because of it."""
-        said = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.private.glob("error-*.json"))]
-        said.sort(key=lambda each: each["time"])
-        causes = [each for each in said if not any(word in each["text"] for word in _CONSEQUENCES)]
+        said, causes = self._said(), self._causes()
         lost = [
-            f"process {rank} was ended by {signal.Signals(-code).name}{self._last(rank)}"
+            f"process {rank} {self._ending(rank, code)}{self._last(rank)}"
             for rank, code in enumerate(codes)
-            if code < 0 and not (self.private / f"error-{rank}.json").exists()
+            if _bad(code) and not (self.private / f"error-{rank}.json").exists()
         ]
         if causes:
             first = causes[0]
@@ -215,6 +229,20 @@ class _Group:
             raise LaunchError(f"{'; '.join(lost)}. What the processes wrote is in {relative(self.folder / 'logs')}.")
         raise LaunchError("\n".join(each["text"] for each in said) or f"the processes ended with {codes}")
 
+    def _said(self) -> list[dict[str, Any]]:
+        """What processes left, the earliest first."""
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in self.private.glob("error-*.json")]
+        return sorted(found, key=lambda each: each["time"])
+
+    def _causes(self) -> list[dict[str, Any]]:
+        """Of that, what was not said because another process was gone."""
+        return [each for each in self._said() if not any(word in each["text"] for word in _CONSEQUENCES)]
+
+    def _ending(self, rank: int, code: int) -> str:
+        if rank in self._given_up:
+            return "hung when another had failed, and was ended"
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
     def _last(self, rank: int) -> str:
         """Where process ``rank`` said that it was."""
         file = self.folder / "logs" / f"heartbeat-{rank}.json"
@@ -224,6 +252,7 @@ class _Group:
         return f" in step {beat['step']} ({beat['phase']})"
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
+        self._sent = self._sent or number
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)

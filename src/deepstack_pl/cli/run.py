@@ -53,11 +53,14 @@ def execute(
         SystemExit: the machine was wanted for something else (`PREEMPTED`).
     """
     checks.check(run, fresh=resumed is None)
-    several = wanted(run).world > 1 and run.trial is not DryRun.true
-    if several and not started():
+    there, grouped = wanted(run), started()
+    real = run.trial is not DryRun.true
+    if grouped and real:  # also of one: each of the others would make the whole run by itself
+        require_group(there)
+    several = there.world > 1 and real
+    if several and not grouped:
         return launch(run, folder, command, arm, resumed)
     if several:
-        require_group(wanted(run))
         processes.join(run.strategy.start_timeout, device_of(run))  # for good: the process ends with its run
     return _here(run, Path(from_first(str(folder))), command, arm, resumed)
 

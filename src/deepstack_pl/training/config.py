@@ -80,7 +80,7 @@ class StrategyConfig:
     replicas: int | None = None  # fsdp_hybrid: groups that each hold the model once; default: one a machine
     start_timeout: float = 1800.0  # seconds that a process waits for another while weights load and kernels compile
     timeout: float = 300.0  # and once a few steps are made
-    stall: float = 600.0  # seconds without a step after which every process says where it stands
+    stall: float = 200.0  # seconds in one batch, four times as many between two, until a process says where it stands
 
     def __post_init__(self) -> None:
         if self.replicas is not None and (self.kind is not Spread.fsdp_hybrid or self.replicas < 1):

@@ -124,5 +124,6 @@ class GracefulStop(lightning.Callback):
 
     def _restore(self) -> None:
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._handle:  # else Lightning has put back what was there before its own
+                signal.signal(number, handler)
         self._old = {}

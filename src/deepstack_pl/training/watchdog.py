@@ -3,7 +3,6 @@
 import faulthandler
 import json
 import os
-import statistics
 import sys
 import threading
 import time
@@ -13,17 +12,15 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from deepstack_pl.batch import MultimodalBatch
-from deepstack_pl.processes import from_all, rank, several, shorten
+from deepstack_pl.processes import rank, wait_for
 from deepstack_pl.training.config import StrategyConfig
 
 _WARM = 10  # steps after which nothing is compiled, measured or fetched any more
 _EVERY = 5.0  # seconds between two signs of life
-_COMPARED = 50  # steps over which processes are compared
-_SLOW = 1.5  # times the median
+_BETWEEN = "between batches"  # evaluation and checkpoints, too
 
 
 class Watchdog(lightning.Callback):
@@ -31,8 +28,7 @@ class Watchdog(lightning.Callback):
     After ``strategy.stall`` seconds without a batch it writes the stacks of all threads to ``logs/stack-N.txt``, and
     says so.
 
-    Once training is warm, processes wait for each other for ``strategy.timeout`` seconds, no more; one that is slower
-    than the others is named.
+    Once training is warm, processes wait for each other for ``strategy.timeout`` seconds, no more.
 
     Attributes:
         stalls: how often it said so.
@@ -45,13 +41,12 @@ class Watchdog(lightning.Callback):
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
         self._beat: dict[str, Any] = {}
-        self._last = self._begun = 0.0
-        self._steps: list[float] = []
+        self._last = 0.0
         self._done = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._over.clear()
-        self._done, self._steps = 0, []
+        self._done = 0
         self._at("start", trainer.global_step)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -59,7 +54,6 @@ class Watchdog(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: MultimodalBatch, batch_idx: int
     ) -> None:
-        self._begun = time.monotonic()
         self._at("forward and backward", trainer.global_step, batch.keys)
 
     def on_before_optimizer_step(
@@ -75,18 +69,16 @@ class Watchdog(lightning.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._steps.append(time.monotonic() - self._begun)
-        self._at("between batches", trainer.global_step)
+        self._at(_BETWEEN, trainer.global_step)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self._done += 1
         if self._done == _WARM:
-            shorten(self.strategy.timeout)
-        if several() and not self._done % _COMPARED:
-            self._compare()
+            wait_for(self.strategy.timeout)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._stop()
+        wait_for(self.strategy.start_timeout)  # weights are gathered and written, and each evaluates its share
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
@@ -107,7 +99,8 @@ class Watchdog(lightning.Callback):
         told = 0.0
         while not self._over.wait(min(_EVERY, self.strategy.stall / 4)):
             self._write()
-            if time.monotonic() - self._last > self.strategy.stall and told != self._last:
+            limit = self.strategy.stall * (4 if self._beat["phase"] == _BETWEEN else 1)
+            if time.monotonic() - self._last > limit and told != self._last:
                 told = self._last
                 self._tell()
 
@@ -125,22 +118,10 @@ class Watchdog(lightning.Callback):
             faulthandler.dump_traceback(stream, all_threads=True)
         beat = self._beat
         text = (
-            f"process {rank()} has made no batch for {self.strategy.stall:g} s: step {beat['step']}, {beat['phase']}, "
+            f"process {rank()} has made no batch for {time.monotonic() - self._last:.1f} s: step {beat['step']}, {beat['phase']}, "
             f"samples {', '.join(beat['samples'][:3]) or 'none yet'}. Where it stands: {file}\n"
         )
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
-
-    def _compare(self) -> None:
-        """Name the process that the others wait for; all come here in the same step."""
-        medians = from_all(statistics.median(self._steps[-_COMPARED:]))
-        slowest = max(range(len(medians)), key=medians.__getitem__)
-        usual = statistics.median(medians)
-        if medians[slowest] > _SLOW * usual:
-            rank_zero_warn(
-                f"process {slowest} takes {medians[slowest]:.2f} s for a batch where others take {usual:.2f} s: all "
-                "wait for it. Look at its machine."
-            )
-        self._steps = []
 
     def _stop(self) -> None:
         self._over.set()
