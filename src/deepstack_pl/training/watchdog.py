@@ -117,8 +117,9 @@ class Watchdog(lightning.Callback):
         with file.open("w", encoding="utf-8") as stream:
             faulthandler.dump_traceback(stream, all_threads=True)
         beat = self._beat
+        silent = time.monotonic() - self._last
         text = (
-            f"process {rank()} has made no batch for {time.monotonic() - self._last:.1f} s: step {beat['step']}, {beat['phase']}, "
+            f"process {rank()} has made no batch for {silent:.1f} s: step {beat['step']}, {beat['phase']}, "
             f"samples {', '.join(beat['samples'][:3]) or 'none yet'}. Where it stands: {file}\n"
         )
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
