@@ -15,7 +15,7 @@ import torch
 from tiny_run import run_of
 
 from deepstack_pl.cli import launch
-from deepstack_pl.cli.launch import Machines, require_group, started, wanted
+from deepstack_pl.cli.machines import Machines, require_group, started, wanted
 from deepstack_pl.cli.run import execute
 
 ASLEEP = "import time; time.sleep(60)"

@@ -12,7 +12,7 @@ from test_memory import SHORT, built, predicted
 from tiny_run import run_of
 
 from deepstack_pl.cli import memory
-from deepstack_pl.cli.launch import wanted
+from deepstack_pl.cli.machines import wanted
 from deepstack_pl.cli.run import execute
 from deepstack_pl.training.memory import StepMemory, predict
 from deepstack_pl.training.memory_shares import gathered, share, units_of

@@ -20,8 +20,8 @@ from transformers.utils import CONFIG_NAME
 
 from deepstack_pl.cli.checks import check_vocabulary
 from deepstack_pl.cli.folders import CHECKPOINTS
-from deepstack_pl.cli.launch import wanted
 from deepstack_pl.cli.logs import loggers_of, profiler_of
+from deepstack_pl.cli.machines import wanted
 from deepstack_pl.cli.provenance import digest_of, versions
 from deepstack_pl.cli.schedule import settle_steps
 from deepstack_pl.config.run import RunConfig

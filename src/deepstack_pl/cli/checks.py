@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from hydra.utils import get_method
 from transformers.models.auto import CONFIG_MAPPING
 
-from deepstack_pl.cli.launch import wanted
+from deepstack_pl.cli.machines import wanted
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.language.config import Attention, LLMConfig
 from deepstack_pl.language.template import IMAGE, TEMPLATES

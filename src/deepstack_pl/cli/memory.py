@@ -7,7 +7,7 @@ from rich.table import Table
 
 from deepstack_pl.batch import MultimodalBatch, Record, Role, Turn
 from deepstack_pl.cli.assemble import SHIPPED
-from deepstack_pl.cli.launch import Machines, wanted
+from deepstack_pl.cli.machines import Machines, wanted
 from deepstack_pl.cli.schedule import expected_length
 from deepstack_pl.cli.trial import rows_of, worst_sample
 from deepstack_pl.config.run import RunConfig

@@ -17,7 +17,8 @@ from deepstack_pl.cli import checks, provenance
 from deepstack_pl.cli.assemble import Assembly, assemble, device_of, model_builder, settle
 from deepstack_pl.cli.description import describe
 from deepstack_pl.cli.folders import CONFIG, RECEIPT, checkpoint_of, claim, relative, remember, write_text
-from deepstack_pl.cli.launch import launch, require_group, started, wanted
+from deepstack_pl.cli.launch import launch
+from deepstack_pl.cli.machines import require_group, started, wanted
 from deepstack_pl.cli.memory import print_memory
 from deepstack_pl.cli.report import print_report, write_results
 from deepstack_pl.cli.resume import Resumed, whole
