@@ -9,6 +9,7 @@ is none: -1 stands for nothing, -2 for the learned newline.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int, UInt8
@@ -124,7 +125,12 @@ class MultimodalBatch:
         sources: of its samples.
         cuts: positions that were cut off each sample.
         refused: for each sample why there is nothing of it, None where it is trained on.
+        lengths: positions of each sample.
         segment_ids: for each position the number of its sample in the row, from 1; 0 at padding.
+        boundaries: where segments begin, row after row, and where the last one ends; a row's padding is one, too.
+        longest: positions of the longest segment.
+        learned_at: positions, row after row, whose next token is learned; where none is, the last one.
+        targets: what is learned there; -100 where nothing is.
     """
 
     input_ids: Int[Tensor, "b t"]
@@ -140,7 +146,12 @@ class MultimodalBatch:
     sources: list[str]
     cuts: list[int]
     refused: list[tuple[Reason, str] | None]
+    lengths: list[int]
     segment_ids: Int[Tensor, "b t"]
+    boundaries: Int[Tensor, " ends"]
+    longest: int
+    learned_at: Int[Tensor, " l"]
+    targets: Int[Tensor, " l"]
 
     def to(self, device: torch.device | str) -> "MultimodalBatch":
         """The same batch on ``device``."""
@@ -153,7 +164,12 @@ class MultimodalBatch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "MultimodalBatch":
-        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if f.name not in _LISTS})
+        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if f.name not in _HOST})
+
+    @property
+    def packed(self) -> bool:
+        """Whether some row holds several samples, which must not see each other."""
+        return len(self.keys) > len(self.input_ids)
 
     def sample_ids(self) -> Int[Tensor, "b t"]:
         """For each position its sample, as a place in ``keys``; -1 at padding."""
@@ -162,11 +178,19 @@ class MultimodalBatch:
         return torch.where(self.segment_ids > 0, self.segment_ids - 1 + before[:, None], -1)
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """The tensors, by the model's own names."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_LISTS, "segment_ids")}
+        """What a forward pass reads that gives logits: no row may hold more than one sample."""
+        assert not self.packed, "samples of one row would see each other"
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_HOST, *_SEGMENTS)}
+
+    def training_inputs(self) -> dict[str, Any]:
+        """What a forward pass reads that gives losses, by the model's own names: one for each learned token."""
+        left_out = ("labels", "segment_ids", "attention_mask") if self.packed else ("labels", "segment_ids")
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_HOST, *left_out)}
+        return given | {"longest": self.longest}
 
 
-_LISTS = ("keys", "sources", "cuts", "refused")
+_HOST = ("keys", "sources", "cuts", "refused", "lengths", "longest")
+_SEGMENTS = ("segment_ids", "boundaries", "learned_at", "targets")
 
 
 def collate(
@@ -221,15 +245,20 @@ def collate(
         return out
 
     segment_ids = pad([torch.full_like(s.input_ids, i) for row in packed for i, s in enumerate(row, 1)], 0)
-    mask = (segment_ids > 0).long()
+    mask, boundaries = (segment_ids > 0).long(), _boundaries(segment_ids)
     if len(samples) > len(packed):
         positions = pad([torch.arange(len(s.input_ids)) for s in samples], 0)
     else:
         right = side is PadSide.right
         positions = torch.arange(longest).expand_as(mask) if right else (mask.cumsum(1) - 1).clamp_min(0)
+    labels = pad([_learned(s, i) for row in packed for i, s in enumerate(row)], IGNORE_INDEX)
+    next_label = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE_INDEX)], dim=1).flatten()
+    learned_at = (next_label != IGNORE_INDEX).nonzero().squeeze(1)
+    if not len(learned_at):  # nothing to learn: a position whose loss is zero
+        learned_at = torch.tensor([next_label.numel() - 1])
     return MultimodalBatch(
         input_ids=pad([s.input_ids for s in samples], pad_id),
-        labels=pad([_learned(s, i) for row in packed for i, s in enumerate(row)], IGNORE_INDEX),
+        labels=labels,
         attention_mask=mask.bool(),
         position_ids=positions.contiguous(),
         views=torch.cat(views),
@@ -241,8 +270,21 @@ def collate(
         sources=[s.source for s in samples],
         cuts=[s.cut for s in samples],
         refused=[s.refused for s in samples],
+        lengths=[len(s.input_ids) for s in samples],
         segment_ids=segment_ids,
+        boundaries=boundaries.int(),
+        longest=int(boundaries.diff().max()),
+        learned_at=learned_at,
+        targets=next_label[learned_at],
     )
+
+
+def _boundaries(segment_ids: Int[Tensor, "b t"]) -> Int[Tensor, " ends"]:
+    """Where the segments of all rows begin, and where the last one ends."""
+    begins = torch.ones_like(segment_ids, dtype=torch.bool)
+    begins[:, 1:] = segment_ids.diff(dim=1) != 0
+    ends = torch.tensor([segment_ids.numel()])
+    return torch.cat([begins.flatten().nonzero().squeeze(1), ends])
 
 
 def _learned(sample: Sample, place: int) -> Int[Tensor, " t"]:

@@ -28,6 +28,14 @@ class Attention(Enum):
     sdpa = "sdpa"
     flex_attention = "flex_attention"
     flash_attention_2 = "flash_attention_2"  # needs a GPU, half precision and the [flash] extra
+    varlen = "varlen"  # training: torch's own kernel for samples side by side without padding; otherwise sdpa
+
+
+class Loss(Enum):
+    """How the loss of the learned tokens is computed. The numbers are the same."""
+
+    chunked = "chunked"  # logits of the learned tokens alone, 2**24 at a time, and anew in the backward pass
+    full = "full"  # the LLM's whole forward, with logits at every position
 
 
 class TooLong(Enum):
@@ -52,6 +60,7 @@ class LLMConfig:
     max_length: int = 2048  # positions, image tokens included
     too_long: TooLong = TooLong.cut_text
     attention: Attention = Attention.sdpa
+    loss: Loss = Loss.chunked
     architecture: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

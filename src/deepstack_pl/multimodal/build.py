@@ -67,6 +67,7 @@ def build_model(
     config._attn_implementation = llm.attention.value
     with torch.device(device):
         built = DeepStackForConditionalGeneration(config)
+    built.loss = llm.loss
     if pretrained and start is None:
         built.language_model.load_state_dict(_checkpoint(llm).state_dict())
     if vision.init is VisionInit.pretrained and start is None and not meta:

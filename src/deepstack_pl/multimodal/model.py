@@ -7,7 +7,7 @@ entering the LLM, ``h`` groups entering the tower, ``m`` patches of all global v
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Cache
 from transformers import PreTrainedModel as HFModel
-from transformers.utils.generic import ModelOutput
 
+from deepstack_pl.language.config import Loss
 from deepstack_pl.language.host import CARRIER, Carrier, assert_installed, decoder_layers, install
+from deepstack_pl.language.loss import token_losses
+from deepstack_pl.language.varlen import segment_arguments
 from deepstack_pl.multimodal.config import (
     LoRAConfig,
     ProjectorKind,
@@ -31,22 +33,11 @@ from deepstack_pl.multimodal.generation import DeepStackGenerationMixin
 from deepstack_pl.multimodal.groups import text_and_groups
 from deepstack_pl.multimodal.lora import add_adapters
 from deepstack_pl.multimodal.merge import merge
+from deepstack_pl.multimodal.output import DeepStackOutput
 from deepstack_pl.multimodal.projector import build_own_projectors, build_projector
 from deepstack_pl.stacking.config import Host, Newline, Sequence
-from deepstack_pl.stacking.injection import InjectionTrace, Traces
+from deepstack_pl.stacking.injection import Traces
 from deepstack_pl.vision.encoder import VisionEncoder
-
-
-@dataclass
-class DeepStackOutput(ModelOutput):
-    """What a forward pass returns; ``record`` only where it was asked for."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    record: list[InjectionTrace] | None = None
 
 
 class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
@@ -68,6 +59,7 @@ class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
     def __init__(self, config: DeepStackConfig) -> None:
         super().__init__(config)
         self.plan = config.typed_plan()
+        self.loss = Loss.chunked  # in training; weights and answers know nothing of it
         vision = config.typed_vision()
         with _seeded(config.init_seed, "vision"):
             self.vision_tower = VisionEncoder(vision, self.plan)
@@ -167,18 +159,24 @@ class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
         vit_rows: Int[Tensor, "h m"] | None = None,
         encoded: tuple[Float[Tensor, "n d"], Float[Tensor, "_ n d"]] | None = None,
         labels: Int[Tensor, "b t"] | None = None,
+        boundaries: Int[Tensor, " ends"] | None = None,
+        longest: int | None = None,
+        learned_at: Int[Tensor, " l"] | None = None,
+        targets: Int[Tensor, " l"] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         record: bool = False,
         **kwargs: Any,
     ) -> DeepStackOutput:
-        """One pass; the visual arguments come together, from a `batch.MultimodalBatch`, or not at all.
+        """One pass; the visual arguments come together, from a `batch.MultimodalBatch`, or not at all, and so do those
+        of training (``boundaries`` to ``targets``), which gives losses in the place of logits.
 
         Float ``views`` are taken as normalised already; the processor's are uint8. ``encoded`` stands for all of them
         but ``token_index``: what `encode` made of them, once for all of ``generate``.
 
         Raises:
-            ValueError: some of the visual arguments are missing, or placeholders stand without an image.
+            ValueError: some of the arguments that come together are missing, a cache would let segments see each other,
+                or placeholders stand without an image.
         """
         traces = Traces() if record else None
         visual = (views, token_index, sequence_rows, group_rows, vit_rows)
@@ -201,14 +199,17 @@ class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
                     scales=self._scales(Host.llm),
                     traces=traces,
                 )
+        inputs = {"inputs_embeds": embeds, "position_ids": position_ids, "use_cache": use_cache, **kwargs}
+        if boundaries is not None or learned_at is not None:
+            if boundaries is None or longest is None or learned_at is None or targets is None:
+                raise ValueError("boundaries, longest, learned_at and targets come together: pass all.")
+            if use_cache is not False:
+                raise ValueError(f"use_cache={use_cache}: with a cache, segments of a row see each other. Say False.")
+            inputs |= segment_arguments(self.language_model, attention_mask, boundaries, longest)
+            losses = token_losses(self.language_model, inputs, learned_at, targets, self.loss)
+            return DeepStackOutput(losses=losses, record=None if traces is None else traces.data)
         output = self.language_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            labels=labels,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
+            attention_mask=attention_mask, labels=labels, past_key_values=past_key_values, **inputs
         )
         return DeepStackOutput(
             loss=output.loss,

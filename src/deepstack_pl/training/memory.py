@@ -129,7 +129,8 @@ def predict(
             for parameter in model.parameters():  # as in every micro-batch of a step but the first
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
             let_go(units)
-            inputs = {name: torch.empty_like(given) for name, given in batch.model_inputs().items()}
+            given = batch.training_inputs()
+            inputs = {k: torch.empty_like(v) if isinstance(v, Tensor) else v for k, v in given.items()}
             with kernels:
                 peak = measure(model.train(), inputs, autocast)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
@@ -148,13 +149,13 @@ def predict(
 
 
 def measure(
-    model: DeepStackForConditionalGeneration, inputs: dict[str, Tensor], autocast: torch.dtype | None
+    model: DeepStackForConditionalGeneration, inputs: dict[str, Any], autocast: torch.dtype | None
 ) -> dict[str, int]:
     """Bytes by where they were made, at the worst moment of one forward and backward. Also of real tensors."""
     meter = _Meter()
     with meter.watch(model), meter:
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            loss = model(**inputs, use_cache=False).loss
+            loss = model(**inputs, use_cache=False).losses.sum()
         meter.places.append(BACKWARD)
         loss.backward()
     return dict(meter.peak)

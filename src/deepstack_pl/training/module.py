@@ -101,10 +101,10 @@ class DeepStackModule(lightning.LightningModule):
         """The sum of this micro-batch's losses; the step's mean is made of it once all of them are known."""
         torch.manual_seed(self._dropout_seed(batch_idx))
         self._finite.add(batch.keys)
-        output = self.network(**batch.model_inputs(), use_cache=False)
+        losses = self.network(**batch.training_inputs(), use_cache=False).losses
         if self._logs_this_step:
-            self._step.add_sources(output.logits.detach(), batch)
-        return self._step.add(output.loss, output.logits, batch)
+            self._step.add_sources(losses.detach(), batch)
+        return self._step.add(losses, batch)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradients of the mean over the step's supervised tokens, before they are clipped; and what is logged."""

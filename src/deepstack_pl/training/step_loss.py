@@ -6,7 +6,6 @@ batch, and the size of a forward, would change the gradient.
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,24 +24,22 @@ class StepLoss:
         self._tokens: Tensor | None = None
         self._by_source: dict[str, tuple[float, int]] = {}  # loss and tokens
 
-    def add(self, mean: Tensor, logits: Float[Tensor, "b t v"], batch: MultimodalBatch) -> Tensor:
-        """The sum of the losses of a micro-batch, given their mean; 0 where it holds nothing to learn."""
-        tokens = (batch.labels[:, 1:] != IGNORE_INDEX).sum()
-        total = mean * tokens if bool(tokens) else logits.sum() * 0.0  # the mean over no token is NaN
+    def add(self, losses: Float[Tensor, " l"], batch: MultimodalBatch) -> Tensor:
+        """The sum of the losses of a micro-batch, given that of each learned token."""
+        total, tokens = losses.sum(), (batch.targets != IGNORE_INDEX).sum()
         self._loss = total.detach() if self._loss is None else self._loss + total.detach()
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
         return total
 
-    def add_sources(self, logits: Float[Tensor, "b t v"], batch: MultimodalBatch) -> None:
+    def add_sources(self, losses: Float[Tensor, " l"], batch: MultimodalBatch) -> None:
         """Keep the losses of this micro-batch by source."""
-        owners, labels = batch.sample_ids()[:, 1:], batch.labels[:, 1:]
+        owners, learned = batch.sample_ids().flatten()[batch.learned_at], batch.targets != IGNORE_INDEX
         for source in sorted({name for name in batch.sources if name}):
             its = [place for place, name in enumerate(batch.sources) if name == source]
-            learned = torch.isin(owners, torch.tensor(its, device=labels.device)) & (labels != IGNORE_INDEX)
-            if bool(learned.any()):
-                loss = F.cross_entropy(logits[:, :-1][learned].float(), labels[learned], reduction="sum")
+            here = torch.isin(owners, torch.tensor(its, device=owners.device)) & learned
+            if bool(here.any()):
                 before, tokens = self._by_source.get(source, (0.0, 0))
-                self._by_source[source] = before + float(loss), tokens + int(learned.sum())
+                self._by_source[source] = before + float(losses[here].sum()), tokens + int(here.sum())
 
     def totals(self) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of tokens of the step, over all processes; all must ask."""
