@@ -74,7 +74,7 @@ def one_step(words: list[str]) -> dict[str, Any]:
     batch = memory.longest_batch(run)
     shares_of = 2 // replicas_of(run.strategy, 2)
     found = predict(built("meta"), batch, precision, gpu=False, strategy=run.strategy, shares=shares_of)
-    model, inputs = built("cpu"), batch.model_inputs()
+    model, inputs = built("cpu"), batch.training_inputs()
     checkpoint_activations(model, run.strategy.checkpointing)
     run_by: Any = model
     if shares_weights(run.strategy):
@@ -82,13 +82,14 @@ def one_step(words: list[str]) -> dict[str, Any]:
     else:
         run_by = DistributedDataParallel(model, gradient_as_bucket_view=True)
     for _ in range(2):  # what is made once; and gradients to add to
-        run_by(**inputs, use_cache=False).loss.backward()
+        run_by(**inputs, use_cache=False).losses.sum().backward()
     shares = [local(p) for p in model.parameters()]
     grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
     buckets = {grad.untyped_storage().data_ptr(): grad.untyped_storage() for grad in grads}
-    alive = Alive(*shares, *grads, *model.buffers(), *inputs.values())
+    given = [each for each in inputs.values() if isinstance(each, torch.Tensor)]
+    alive = Alive(*shares, *grads, *model.buffers(), *given)
     with alive:
-        loss = run_by(**inputs, use_cache=False).loss
+        loss = run_by(**inputs, use_cache=False).losses.sum()
         loss.backward()
     return {
         "words": words,

@@ -16,10 +16,10 @@ from deepstack_pl.batch import Reason, Record, Refused, Role, Turn
 from deepstack_pl.cli import run as cli_run
 from deepstack_pl.cli import trial
 from deepstack_pl.cli.assemble import make_processor
+from deepstack_pl.cli.layout import collate_of, worst_rows
 from deepstack_pl.cli.provenance import Memory
 from deepstack_pl.cli.surroundings import share_cores
 from deepstack_pl.data.columns import Columns
-from deepstack_pl.data.config import Batching
 from deepstack_pl.data.sources import open_sources
 from deepstack_pl.training.module import DeepStackModule
 
@@ -189,13 +189,29 @@ def test_a_trial_step_is_the_worst_case_and_not_the_longest_text(tmp_path: Path)
     picture = Record(key="picture", turns=short, images=(Image.new("RGB", (64, 64)),))
     chat = Record(key="chat", turns=(Turn(Role.user, "?"), Turn(Role.assistant, "word " * 50)), images=())
     samples = [processor.prepare(record) for record in (picture, chat)]
-    config = run_of(*TINY).data
+    run = run_of(*TINY)
     longest = len(samples[1].input_ids)
-    worst = trial.worst_sample(samples, config, longest)
+    rows = worst_rows(samples, run, longest)
+    assert len(rows) == run.data.micro_batch()
+    (worst,) = rows[0]
     assert (len(worst.views), len(worst.input_ids)) == (5, longest)
     assert torch.equal(worst.input_ids[: len(samples[0].input_ids)], samples[0].input_ids)
     assert len(worst.labels) == len(worst.token_index) == len(worst.input_ids)
-    assert len(trial.worst_sample(samples, config, 300).input_ids) == 300
+    assert len(worst_rows(samples, run, 300)[0][0].input_ids) == 300
+
+
+def test_a_trial_step_fills_every_packed_row_with_the_most_views_that_it_holds() -> None:
+    run = run_of(*TINY, "data.batching=packed", "data.batch_size=4", "data.micro_batch_size=2", "llm.max_length=100")
+    processor = make_processor(run)
+    short = Turn(Role.user, "<image>?"), Turn(Role.assistant, "a")
+    sample = processor.prepare(Record(key="picture", turns=short, images=(Image.new("RGB", (64, 64)),)))
+    fit = 100 // len(sample.input_ids)
+    assert fit > 1
+    rows = worst_rows([sample], run, longest=10**6)
+    assert [len(row) for row in rows] == [fit, fit]
+    assert [sum(len(each.input_ids) for each in row) for row in rows] == [100, 100]
+    batch = collate_of(run, processor)(rows)
+    assert (batch.packed, tuple(batch.input_ids.shape), len(batch.views)) == (True, (2, 100), 2 * fit * 5)
 
 
 def test_a_trial_step_fills_a_token_budget_with_the_most_views_that_it_holds() -> None:
@@ -209,14 +225,15 @@ def test_a_trial_step_fills_a_token_budget_with_the_most_views_that_it_holds() -
         processor.prepare(Record(key="short", turns=short, images=(image,))),
     ]
     long, least = (len(sample.input_ids) for sample in samples)
-    budget = replace(run_of(*TINY).data, batching=Batching.token_budget, token_budget=5 * long)
+    run = run_of(*TINY, "data.batching=token_budget", f"data.token_budget={5 * long}", "data.micro_batch_size=null")
     rows = 5 * long // least
     assert rows > 10, "else the album's views are as many"
-    worst = trial.worst_sample(samples, budget, longest=10**6)
+    found = worst_rows(samples, run, longest=10**6)
+    (worst,) = found[0]
     length = len(worst.input_ids)
-    assert (worst.key, trial.rows_of(budget, length)) == ("short", rows)
+    assert (worst.key, len(found)) == ("short", rows)
     assert rows * length <= 5 * long < rows * (length + 1)
-    assert len(trial.worst_sample(samples, budget, longest=least).input_ids) == least
+    assert len(worst_rows(samples, run, longest=least)[0][0].input_ids) == least
 
 
 def test_a_trial_looks_for_the_most_images_and_the_least_text_beyond_the_first_samples() -> None:

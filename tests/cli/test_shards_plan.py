@@ -10,7 +10,8 @@ from rich.console import Console
 from tiny_run import run_of
 
 from deepstack_pl.cli import shards_plan
-from deepstack_pl.cli.assemble import lengths_of, make_processor
+from deepstack_pl.cli.assemble import make_processor
+from deepstack_pl.cli.layout import lengths_of
 from deepstack_pl.cli.shards_plan import batchings_table, facts, sources_table, under, waste
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.data.columns import Columns

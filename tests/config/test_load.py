@@ -168,7 +168,6 @@ def test_an_open_section_takes_a_key_that_is_no_slip() -> None:
         (["data.path=x.json"], "data.path=x.json: data.source=fine_print does not read it. Say data=llava_json"),
         (["data=shards", "data.images=pictures"], "data.images=pictures: data.source=shards does not read it"),
         (["data=shards", "data.shards=x"], "Say a corpus such as data=llava665k"),
-        (["data.batching=packed"], "the attention that keeps their segments apart is not built yet"),
         (["data.micro_batch_size=5"], "data.micro_batch_size=5 does not divide data.batch_size=64"),
         (["data.batching=token_budget", "data.micro_batch_size=2"], "there a unit is a micro-batch"),
         (["data.max_refused=2"], "data.max_refused=2.0: a share of samples, from 0 to 1"),

@@ -61,7 +61,7 @@ class Fault(Callback):
 
             def poisoned(*args: Any, **kwargs: Any) -> Any:
                 output = forward(*args, **kwargs)
-                output.loss = output.loss * float("nan")
+                output.losses = output.losses * float("nan")
                 pl_module.network.forward = forward
                 return output
 

@@ -10,26 +10,24 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import instantiate
-from jaxtyping import Int
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from numpy import ndarray
 from transformers.utils import CONFIG_NAME
 
 from deepstack_pl.cli.checks import check_vocabulary
 from deepstack_pl.cli.folders import CHECKPOINTS
+from deepstack_pl.cli.layout import collate_of, lengths_of
 from deepstack_pl.cli.logs import loggers_of, profiler_of
 from deepstack_pl.cli.machines import wanted
 from deepstack_pl.cli.provenance import digest_of, versions
 from deepstack_pl.cli.schedule import settle_steps
 from deepstack_pl.config.run import RunConfig
-from deepstack_pl.data.config import Batching, StreamKind
+from deepstack_pl.data.config import StreamKind
 from deepstack_pl.data.folders import open_folder
-from deepstack_pl.data.lengths import measure_lengths
 from deepstack_pl.data.pipeline import PipelineSource
-from deepstack_pl.data.records import Outline, Source
+from deepstack_pl.data.records import Source
 from deepstack_pl.data.sources import ShardSource, open_sources
 from deepstack_pl.evaluation.callback import GenerationCallback
 from deepstack_pl.inspection.callback import InspectionCallback
@@ -205,6 +203,7 @@ def assemble(run: RunConfig, folder: Path, *, fresh: bool = True) -> Assembly:
             steps,
             lengths=lengths,
             ledger=Ledger(folder),
+            collate=collate_of(run, processor),
         ),
         trainer=build_trainer(run, folder, callbacks, loggers),
         inspection=inspection,
@@ -217,26 +216,6 @@ def open_data(run: RunConfig) -> tuple[Source | PipelineSource, Source]:
     if run.data.stream is StreamKind.webdataset:
         return PipelineSource(run.data), ShardSource(open_folder(run.data.root, "val", run.data))
     return open_sources(run.data)
-
-
-def lengths_of(
-    train: Source | PipelineSource, processor: DeepStackProcessor, run: RunConfig
-) -> Int[ndarray, " n"] | None:
-    """The positions of each sample, measured once and kept, where batches are planned with them."""
-    if isinstance(train, PipelineSource) or run.data.batching in (Batching.samples, Batching.modality_length):
-        return None
-    return measure_lengths(
-        train,
-        partial(positions_of, processor),
-        processor.positions_digest,
-        Path(run.data.cache),
-        max(1, run.data.workers),
-    )
-
-
-def positions_of(processor: DeepStackProcessor, outline: Outline) -> int:
-    """The positions of one sample before it is cut; for `measure_lengths`, whose processes import it by name."""
-    return processor.positions(outline.turns, outline.sizes)
 
 
 def machines(run: RunConfig, folder: Path) -> list[Callback]:

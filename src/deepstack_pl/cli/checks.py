@@ -110,22 +110,30 @@ def check_architecture(llm: LLMConfig) -> None:
 
 
 def check_attention(run: RunConfig) -> None:
-    """Flash attention needs its package, a GPU and half precision, and transformers says so only once it builds."""
+    """What kernels and the compiler need, which libraries say only once they run, or not at all."""
+    precision = str(run.trainer.get("precision") or "32-true")
+    gpu = run.trainer.get("accelerator") != "cpu" and torch.cuda.is_available()
+    if run.llm.attention is Attention.varlen and run.compile and not (gpu and "16" in precision):
+        raise ValueError(
+            "compile=true with llm.attention=varlen: torch's kernel for it needs a GPU and half precision, and what "
+            f"stands in for it on {'a GPU with' if gpu else 'the CPU, with'} trainer.precision={precision} cannot be "
+            "compiled. Say compile=false, or llm.attention=sdpa."
+        )
     if run.llm.attention is not Attention.flash_attention_2:
         return
     if find_spec("flash_attn") is None:
         raise ValueError(
             "llm.attention=flash_attention_2 needs the package flash-attn, which is not installed: "
             "pip install -e '.[flash]' -c constraints.txt, on a machine with a GPU and CUDA's compiler. "
-            "llm.attention=sdpa needs nothing."
+            "llm.attention=varlen does the same with torch alone; llm.attention=sdpa needs nothing."
         )
-    if not torch.cuda.is_available():
+    if not gpu:
         raise ValueError("llm.attention=flash_attention_2 needs a GPU, and there is none here. Say llm.attention=sdpa.")
-    precision = str(run.trainer.get("precision") or "32-true")
-    if "16" not in precision:
+    if precision not in ("bf16-true", "16-true"):
         raise ValueError(
-            f"llm.attention=flash_attention_2 computes in half precision alone, and trainer.precision={precision}. Say "
-            "trainer=gpu, trainer.precision=bf16-mixed, or llm.attention=sdpa."
+            f"llm.attention=flash_attention_2 computes in half precision alone, and with trainer.precision={precision} "
+            "weights are in float32 where the receipt and the evaluation read them. Say trainer.precision=bf16-true, "
+            "or llm.attention=varlen, which has no such rule."
         )
 
 

@@ -7,9 +7,9 @@ from rich.table import Table
 
 from deepstack_pl.batch import MultimodalBatch, Record, Role, Turn
 from deepstack_pl.cli.assemble import SHIPPED
+from deepstack_pl.cli.layout import collate_of, worst_rows
 from deepstack_pl.cli.machines import Machines, wanted
 from deepstack_pl.cli.schedule import expected_length
-from deepstack_pl.cli.trial import rows_of, worst_sample
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.language.config import TooLong
 from deepstack_pl.language.conversation import load_tokenizer
@@ -39,14 +39,13 @@ def print_memory(run: RunConfig, model: DeepStackForConditionalGeneration, conso
     except Unpredictable as error:
         _say(console, f"memory: {error} dry_run=step measures it.")
         return
-    rows, length = batch.input_ids.shape
     device = "a GPU" if gpu else "the CPU"
     where = device if there.world == 1 else f"each of {there.world} {'GPUs' if gpu else 'processes on the CPU'}"
     console.print(memory_table(found, f"memory of one step on {where}, predicted ({precision}, GiB)"))
-    samples = "1 sample" if rows == 1 else f"{rows} samples"
+    samples = "1 sample" if len(batch.keys) == 1 else f"{len(batch.keys)} samples"
     _say(
         console,
-        f"Micro-batches of {samples}, each as long as llm.max_length allows ({length:,} positions), with "
+        f"Micro-batches of {samples}, as long as llm.max_length allows ({batch.input_ids.numel():,} positions), with "
         f"{len(batch.views)} views in all. {verdict(found, gpu)} dry_run=step measures the longest that there are.",
     )
 
@@ -67,9 +66,9 @@ def spread_of(run: RunConfig, there: Machines, shares: int) -> str:
 
 def step_of(run: RunConfig, batch: MultimodalBatch, processes: int) -> str:
     """What an optimiser step is, and how many there are."""
-    (rows, length), accumulation = batch.input_ids.shape, run.data.accumulation(processes)
-    each = f"{accumulation} micro-batch{'' if accumulation == 1 else 'es'} of {rows} in each process"
-    most = rows * length * accumulation * processes
+    accumulation, units = run.data.accumulation(processes), run.data.micro_batch(processes)
+    each = f"{accumulation} micro-batch{'' if accumulation == 1 else 'es'} of {units} in each process"
+    most = batch.input_ids.numel() * accumulation * processes
     return f"A step: {each}, at most {most:,} positions in all. A run: {expected_length(run)}"
 
 
@@ -88,8 +87,7 @@ def longest_batch(run: RunConfig) -> MultimodalBatch:
     image = Image.new("RGB", full_grid_size(plan, run.vision))
     turns = (Turn(Role.user, "<image>\n?"), Turn(Role.assistant, "."))
     sample = processor.prepare(Record(key="", turns=turns, images=(image,)))
-    sample = worst_sample([sample], run.data, run.llm.max_length)
-    return processor.collate([sample] * rows_of(run.data, len(sample.input_ids), wanted(run).world))
+    return collate_of(run, processor)(worst_rows([sample], run, run.llm.max_length, wanted(run).world))
 
 
 def memory_table(found: StepMemory, title: str) -> Table:

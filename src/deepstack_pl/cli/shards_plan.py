@@ -53,8 +53,9 @@ def run(run: RunConfig, own: dict[str, str]) -> int:
 
     from rich.console import Console
 
-    from deepstack_pl.cli.assemble import lengths_of, make_processor, settle
+    from deepstack_pl.cli.assemble import make_processor, settle
     from deepstack_pl.cli.checks import check_vocabulary
+    from deepstack_pl.cli.layout import lengths_of
     from deepstack_pl.data.sources import open_sources
 
     console = Console(highlight=False)

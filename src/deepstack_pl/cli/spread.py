@@ -1,4 +1,6 @@
-"""Between an assembled run and its training: the receipt of the whole model, then what is put on it from outside."""
+"""Between an assembled run and its training: the receipt of the whole model, what is put on it from outside, and the
+forward pass of training tried.
+"""
 
 from collections.abc import Callable
 
@@ -6,11 +8,14 @@ import torch
 from rich.console import Console
 
 from deepstack_pl.cli.assemble import Assembly
+from deepstack_pl.cli.layout import rows_are_shared
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.inspection.receipt import take_receipt
 from deepstack_pl.inspection.record import Receipt
+from deepstack_pl.inspection.rehearsal import rehearse
 from deepstack_pl.inspection.witness import Testimony, compare, testify
 from deepstack_pl.processes import from_first, rank
+from deepstack_pl.training.compiling import compile_blocks
 from deepstack_pl.training.sharding import PRECISIONS, checkpoint_activations, shard, shares_weights
 
 
@@ -33,13 +38,25 @@ def spread(run: RunConfig, work: Assembly, keep: Callable[[Receipt], None], cons
     assert receipt is not None
     receipt.require()
     checkpoint_activations(module.network, config.checkpointing)
+    if run.compile:
+        compile_blocks(module.network)
+    precision, plugin = str(run.trainer.get("precision") or "32-true"), work.trainer.precision_plugin
+    found = []
     if shares:
         assert before is not None
-        precision = str(run.trainer.get("precision") or "32-true")
         shard(module.network, config, precision, device)
-        found = compare(before, testify(module.network, work.processor), PRECISIONS[precision][1])
-        console.print(found, markup=False, highlight=False, soft_wrap=True)
+        found.append(compare(before, testify(module.network, work.processor), PRECISIONS[precision][1]))
+    else:
+        plugin.convert_module(module)  # as Lightning will
+    several, dtype = rows_are_shared(run), _computed_in(precision)
+    found.append(rehearse(module.network, work.processor, dtype, plugin.forward_context, one_row=several))
+    console.print("\n".join(found), markup=False, highlight=False, soft_wrap=True)
     return receipt
+
+
+def _computed_in(precision: str) -> torch.dtype:
+    halves = {"bf16": torch.bfloat16, "16": torch.float16}
+    return halves.get(precision.partition("-")[0], torch.float32)
 
 
 def _receipt(work: Assembly) -> Receipt:

@@ -1,20 +1,20 @@
 """``dry_run=step``: one real step on the worst case, to see whether it fits."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from deepstack_pl.batch import MultimodalBatch, Record, Refused, Sample
 from deepstack_pl.cli.assemble import Assembly, build_trainer
+from deepstack_pl.cli.layout import collate_of, worst_rows
 from deepstack_pl.cli.provenance import Memory
 from deepstack_pl.cli.report import duration
 from deepstack_pl.cli.spread import spread
 from deepstack_pl.config.run import RunConfig
-from deepstack_pl.data.config import Batching, DataConfig
+from deepstack_pl.data.config import Batching
 from deepstack_pl.data.pipeline import PipelineSource
 from deepstack_pl.data.sources import Source
 from deepstack_pl.multimodal.processor import DeepStackProcessor
@@ -34,16 +34,14 @@ def one_step(run: RunConfig, folder: Path, work: Assembly, console: Console, mem
     samples = _looked_at(work.val if isinstance(work.train, PipelineSource) else work.train, processor)
     unknown = streamed or run.data.batching is Batching.token_budget  # there rows may be as long as the budget leaves
     longest = run.llm.max_length if unknown else max(len(sample.input_ids) for sample in samples)
-    sample = worst_sample(samples, run.data, longest)
-    batch = processor.collate([sample] * rows_of(run.data, len(sample.input_ids), world()))
+    batch = collate_of(run, processor)(worst_rows(samples, run, longest, world()))
     once = {"max_steps": 1, "accumulate_grad_batches": 1, "log_every_n_steps": 1}
     trainer = build_trainer(run, folder, [], [], **once, enable_checkpointing=False, enable_progress_bar=False)
     start = time.perf_counter()
     trainer.fit(work.module, train_dataloaders=_Once(batch))
-    rows, length = batch.input_ids.shape
     peaks = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in memory.peaks().items())
     console.print(
-        f"One step on {rows} samples of {length} positions and {len(batch.views)} views: "
+        f"One step on {len(batch.keys)} samples, {batch.input_ids.numel():,} positions and {len(batch.views)} views: "
         f"{duration(time.perf_counter() - start)}, peak memory: {peaks or 'as before'}. Nothing was saved.",
         highlight=False,
         soft_wrap=True,
@@ -58,12 +56,6 @@ class _Once:
 
     def __iter__(self) -> Iterator[MultimodalBatch]:
         yield self.batch
-
-
-def rows_of(config: DataConfig, length: int, processes: int = 1) -> int:
-    """Samples of ``length`` positions in one forward of one of ``processes``."""
-    each = max(1, config.token_budget // length) if config.batching is Batching.token_budget else 1
-    return config.micro_batch(processes) * each
 
 
 def _looked_at(source: Source, processor: DeepStackProcessor) -> list[Sample]:
@@ -85,33 +77,6 @@ def _looked_at(source: Source, processor: DeepStackProcessor) -> list[Sample]:
     if not samples:
         raise refused[0]
     return samples
-
-
-def worst_sample(samples: Sequence[Sample], config: DataConfig, longest: int) -> Sample:
-    """The sample that brings the most views into one forward, lengthened to ``longest`` positions, or to as many of
-    them as ``data.token_budget`` leaves each row.
-    """
-
-    def weight(sample: Sample) -> tuple[int, int]:
-        length = len(sample.input_ids)
-        return len(sample.views) * rows_of(config, length), -length
-
-    most = max(samples, key=weight)
-    length = len(most.input_ids)
-    if config.batching is Batching.token_budget:
-        longest = min(longest, config.token_budget // rows_of(config, length))
-    missing = longest - length
-    if missing <= 0:
-        return most
-    ids, labels, index = (
-        torch.cat([tensor, last.expand(missing)])
-        for tensor, last in (
-            (most.input_ids, most.input_ids[-1:]),
-            (most.labels, most.labels[-1:]),
-            (most.token_index, torch.tensor([-1])),
-        )
-    )
-    return replace(most, input_ids=ids, labels=labels, token_index=index)
 
 
 def _largest(record: Record, processor: DeepStackProcessor) -> Record:

@@ -60,11 +60,6 @@ def _check_data(run: RunConfig) -> None:
             f"data.fine_print.view_size={run.vision.image_size}, or take another data=."
         )
     _check_read(data)
-    if data.batching is Batching.packed:
-        raise ValueError(
-            "data.batching=packed: the rows are planned (deepstack shards plan shows how full they are), but the "
-            "attention that keeps their segments apart is not built yet. Say data.batching=modality_length."
-        )
     if data.stream is StreamKind.webdataset and data.batching is not Batching.samples:
         raise ValueError(
             f"data.batching={data.batching.name} with data.stream=webdataset: the library's pipeline knows no lengths "

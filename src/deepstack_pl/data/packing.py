@@ -1,11 +1,13 @@
-"""The packing plan: which samples fill one row together."""
+"""The packing plan: which samples fill one row together; and all of a micro-batch in one row."""
 
 from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
+from deepstack_pl.batch import MultimodalBatch, Sample
 from deepstack_pl.data.batching import Unit
 
 
@@ -29,3 +31,10 @@ def packs(numbers: Int[ndarray, " w"], lengths: Int[ndarray, " w"], capacity: in
         if left > length:
             insort(room, (left - length, row))
     return [tuple(unit) for unit in units]
+
+
+def in_one_row(
+    collate: Callable[[list[list[Sample]]], MultimodalBatch], rows: Sequence[Sample | Sequence[Sample]]
+) -> MultimodalBatch:
+    """``collate``'s batch of all samples of ``rows`` side by side in a single row, where nothing is padded."""
+    return collate([[sample for row in rows for sample in ([row] if isinstance(row, Sample) else row)]])

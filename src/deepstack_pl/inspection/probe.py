@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from deepstack_pl.batch import MultimodalBatch, Record, Role, Turn
+from deepstack_pl.batch import MultimodalBatch, Record, Role, Sample, Turn
 from deepstack_pl.language.host import decoder_layers
 from deepstack_pl.language.template import UserText
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
@@ -93,19 +93,24 @@ def probe_images(plan: Plan, vision: VisionConfig) -> list[Image.Image]:
 
 
 def probe_batch(model: DeepStackForConditionalGeneration, processor: DeepStackProcessor) -> MultimodalBatch:
-    """Rows with one image and with two, after one without, unless the template cannot write that."""
+    """The probe's samples, a row each."""
+    return processor.collate(probe_samples(model, processor)).to(model.device)
+
+
+def probe_samples(model: DeepStackForConditionalGeneration, processor: DeepStackProcessor) -> list[Sample]:
+    """With one image and with two, after one without, unless the template cannot write that."""
     images = probe_images(model.plan, processor.vision)
     rows = [images[:1], images[1:]]
     if processor.template.user_text is not UserText.images_only:
         rows.insert(0, [])
-    return batch_of(rows, processor).to(model.device)
+    return samples_of(rows, processor)
 
 
-def batch_of(rows: list[list[Image.Image]], processor: DeepStackProcessor) -> MultimodalBatch:
-    """A row of text for each list of images."""
+def samples_of(rows: list[list[Image.Image]], processor: DeepStackProcessor) -> list[Sample]:
+    """A text for each list of images."""
     roomy = copy(processor)
     roomy.max_length = 2**31  # the probe is no training sample: two full grids may be longer than one of those
-    samples = [
+    return [
         roomy.prepare(
             Record(
                 key=f"receipt row {number}",
@@ -115,7 +120,6 @@ def batch_of(rows: list[list[Image.Image]], processor: DeepStackProcessor) -> Mu
         )
         for number, row in enumerate(rows)
     ]
-    return roomy.collate(samples)
 
 
 def run(

@@ -23,7 +23,6 @@ from deepstack_pl.inspection.probe import (
     IMAGES,
     Observed,
     Pictures,
-    batch_of,
     full_pictures,
     oblong_pictures,
     opened,
@@ -33,6 +32,7 @@ from deepstack_pl.inspection.probe import (
     quiet,
     replaced,
     run,
+    samples_of,
     views_by_source,
     with_others,
     without_group,
@@ -105,7 +105,7 @@ class _Trial:
         self.base = self.shown[0].observed
         oblong = oblong_pictures(self.plan, processor.vision)
         if oblong is not None:
-            batch = batch_of([oblong.images], processor).to(model.device)
+            batch = processor.collate(samples_of([oblong.images], processor)).to(model.device)
             self.shown.append(_Shown.of(model, oblong, batch, self.gates, processor.backend))
         # Passes are compared bit by bit, and attention without gradients takes another path: hence two of this one.
         self.graph = run(model, self.batch, self.gates, gradients=True)

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
@@ -20,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from deepstack_pl.language.config import Attention
 
 # Kernels that are told where segments begin, and compute nothing between segments, nor for padding.
-BY_BOUNDARIES = (Attention.varlen.value, Attention.flash_attention_2.value)
+BY_BOUNDARIES = (Attention.varlen, Attention.flash_attention_2)
 
 
 def segment_arguments(
@@ -31,7 +32,7 @@ def segment_arguments(
     ``attention_mask`` is that of rows of one sample each; None where rows hold several.
     """
     kernel = llm.config._attn_implementation
-    if kernel not in BY_BOUNDARIES:
+    if kernel not in [each.value for each in BY_BOUNDARIES]:
         return {"attention_mask": attention_mask}
     begins = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
     lengths = {"max_length_q": longest, "max_length_k": longest}
@@ -72,7 +73,7 @@ def varlen_attention(
         dtype = torch.get_autocast_dtype("cuda")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
-        return _each(module, query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window), None
+        return _each(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout), None
     if dropout:
         raise ValueError(
             f"llm.attention=varlen drops no attention out on a GPU, and llm.architecture asks for {dropout}. Say "
@@ -92,26 +93,25 @@ def varlen_attention(
     return joined.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
-@torch.compiler.disable  # as many calls as there are segments: a graph of its own for every batch
+@torch.compiler.disable  # as many calls as there are segments; compile=true is refused where this would run
 def _each(
-    module: nn.Module,
     query: Float[Tensor, "b h t d"],
     key: Float[Tensor, "b k t d"],
     value: Float[Tensor, "b k t d"],
     boundaries: Int[Tensor, " ends"],
-    dropout: float,
     scaling: float | None,
     sliding_window: int | None,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "b t h d"]:
-    rows, length = query.shape[0], query.shape[2]
+    rows, heads, length, width = query.shape
     found = []
     for start, stop in pairwise(boundaries.tolist()):
         row, first, size = start // length, start % length, stop - start
         own = [states[row : row + 1, :, first : first + size] for states in (query, key, value)]
-        window = None if sliding_window is None or size <= sliding_window else _band(size, sliding_window, query.device)
-        out, _ = sdpa_attention_forward(module, *own, window, dropout=dropout, scaling=scaling, is_causal=True)
-        found.append(out)
-    return torch.cat(found, dim=1).view(rows, length, *query.shape[1::2])
+        band = None if sliding_window is None or size <= sliding_window else _band(size, sliding_window, query.device)
+        given = {"attn_mask": band, "is_causal": band is None, "dropout_p": dropout, "scale": scaling}
+        found.append(F.scaled_dot_product_attention(*own, **given, enable_gqa=heads != key.shape[1]).transpose(1, 2))
+    return torch.cat(found, dim=1).view(rows, length, heads, width)
 
 
 def _band(size: int, window: int, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ epoch, and gives rank 0's to every rank.
 
 import hashlib
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -52,8 +53,9 @@ class DeepStackDataModule(lightning.LightningDataModule):
         *,
         lengths: Int[ndarray, " n"] | None = None,
         ledger: Ledger | None = None,
+        collate: Callable[[list[Any]], MultimodalBatch] | None = None,
     ) -> None:
-        """``lengths`` are the samples' positions, where ``config.batching`` plans with them."""
+        """``lengths``: positions, where ``config.batching`` plans with them; ``collate``: not the processor's."""
         super().__init__()
         self.train = train
         self.val = val
@@ -63,6 +65,7 @@ class DeepStackDataModule(lightning.LightningDataModule):
         self.max_steps = max_steps
         self.ledger = ledger
         self._lengths = lengths
+        self._collate = collate or processor.collate
         self.stream: Stream | None = None
         if not isinstance(train, PipelineSource):
             self.stream = Stream(train, config, seed, lengths=lengths, capacity=processor.max_length)
@@ -169,7 +172,7 @@ class DeepStackDataModule(lightning.LightningDataModule):
                     f"micro-batches of {size} for {self._world} processes are {accumulation}. Give the Trainer that."
                 )
         left = max(0, self.max_steps - self._start.step)
-        prepare, collate = self.processor.prepare, self.processor.collate
+        prepare, collate = self.processor.prepare, self._collate
         if isinstance(self.train, PipelineSource):
             loader = pipeline_loader(
                 self.config,

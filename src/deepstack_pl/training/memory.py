@@ -117,7 +117,7 @@ def predict(
     held = dtype
     if sharded:
         (held, dtype), autocast = PRECISIONS[precision], None
-    kernels = Kernels(gpu, takes_mask(model, *batch.input_ids.shape))
+    kernels = Kernels(gpu, takes_mask(model, *batch.input_ids.shape, packed=batch.packed))
     for block in model.blocks():
         block.forward = kernels.during(block.forward)
     checkpoint_activations(model, strategy.checkpointing)
@@ -129,7 +129,7 @@ def predict(
             for parameter in model.parameters():  # as in every micro-batch of a step but the first
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
             let_go(units)
-            given = batch.training_inputs()
+            given = batch.training_inputs() | {"attention_mask": batch.attention_mask}
             inputs = {k: torch.empty_like(v) if isinstance(v, Tensor) else v for k, v in given.items()}
             with kernels:
                 peak = measure(model.train(), inputs, autocast)
@@ -195,7 +195,7 @@ class _Meter(TorchDispatchMode):
     @contextmanager
     def watch(self, model: DeepStackForConditionalGeneration) -> Iterator[None]:
         """Know which part runs; from the LLM's head on, it is the logits and the loss."""
-        modules = {model.vision_tower: "vision", model.projector: "projector", model.language_model: "llm"}
+        modules = {model.vision_tower: "vision", model.projector: "projector", model.get_decoder(): "llm"}
         modules |= dict.fromkeys(model.own_projectors.values(), "projector")
         hooks = [model.get_output_embeddings().register_forward_pre_hook(self._enter_loss)]
         for module, part in modules.items():

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 
-_MASKLESS = ("flash_attention_2", "flex_attention")
+_MASKLESS = ("flash_attention_2", "flex_attention", "varlen")
 
 
 class Kernels(TorchFunctionMode):
@@ -70,13 +70,14 @@ def _fused(
     return attend(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
 
 
-def takes_mask(model: DeepStackForConditionalGeneration, rows: int, length: int) -> bool:
-    """Whether attention takes a mask: not of one row, which nothing pads, unless it is longer than a sliding window;
-    and not where the kernel is told lengths or blocks instead. That kernel need not be installed here.
+def takes_mask(model: DeepStackForConditionalGeneration, rows: int, length: int, *, packed: bool) -> bool:
+    """Whether attention takes a mask: not of one row, which nothing pads, unless it is longer than a sliding window
+    or holds several samples; and not where the kernel is told lengths or blocks instead. That kernel need not be
+    installed here.
     """
     llm = model.language_model
     if llm.config._attn_implementation in _MASKLESS:
         llm.set_attn_implementation("sdpa")
         return False
     window = llm.config.to_dict().get("sliding_window")
-    return rows > 1 or (window is not None and length >= window)
+    return rows > 1 or packed or (window is not None and length >= window)
