@@ -82,12 +82,23 @@ def test_flash_attention_without_its_package_says_how_to_install_it(monkeypatch:
 def test_flash_attention_without_a_gpu_or_half_precision_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="needs a GPU, and there is none here"):
+    with pytest.raises(ValueError, match="needs a GPU"):
         checks.check(run_of(*FLASH))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ValueError, match=r"trainer\.precision=32-true"):
-        checks.check(run_of(*FLASH))
-    checks.check_attention(run_of(*FLASH, "trainer.precision=bf16-mixed"))
+    for precision in ("32-true", "bf16-mixed"):  # the receipt reads weights in float32 there
+        with pytest.raises(ValueError, match=rf"trainer\.precision={precision}"):
+            checks.check(run_of(*FLASH, "trainer=gpu", f"trainer.precision={precision}"))
+    checks.check_attention(run_of(*FLASH, "trainer=gpu", "trainer.precision=bf16-true"))
+
+
+def test_what_stands_in_for_torchs_varlen_kernel_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("llm.attention=varlen", "compile=true")
+    with pytest.raises(ValueError, match=r"on the CPU, with trainer\.precision=32-true cannot be compiled"):
+        checks.check(run_of(*words))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"on a GPU with trainer\.precision=32-true cannot be compiled"):
+        checks.check(run_of(*words, "trainer=gpu", "trainer.precision=32-true"))
+    checks.check_attention(run_of(*words, "trainer=gpu", "trainer.precision=bf16-mixed"))
 
 
 @pytest.mark.slow

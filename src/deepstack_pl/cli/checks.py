@@ -128,7 +128,9 @@ def check_attention(run: RunConfig) -> None:
             "llm.attention=varlen does the same with torch alone; llm.attention=sdpa needs nothing."
         )
     if not gpu:
-        raise ValueError("llm.attention=flash_attention_2 needs a GPU, and there is none here. Say llm.attention=sdpa.")
+        raise ValueError(
+            "llm.attention=flash_attention_2 needs a GPU: say trainer=gpu where there is one, or llm.attention=sdpa."
+        )
     if precision not in ("bf16-true", "16-true"):
         raise ValueError(
             f"llm.attention=flash_attention_2 computes in half precision alone, and with trainer.precision={precision} "
