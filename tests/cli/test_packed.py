@@ -11,6 +11,7 @@ from tiny_run import StopEarly, go_on, run_of, start
 from deepstack_pl.cli import assemble
 from deepstack_pl.cli.assemble import make_processor, open_data
 from deepstack_pl.cli.layout import collate_of, lengths_of, rows_are_shared
+from deepstack_pl.data.sources import ShardSource
 
 PACKED = ("data.batching=packed", "data.batch_size=2", "llm.max_length=240", "data.fine_print.train_pages=16")
 
@@ -81,6 +82,7 @@ def test_rows_are_filled_and_side_by_side_nothing_is_padded() -> None:
         config = run_of("data.batch_size=4", "data.fine_print.train_pages=16", *words)
         processor = make_processor(config)
         train, _ = open_data(config)
+        assert isinstance(train, ShardSource)
         lengths = lengths_of(train, processor, config)
         samples = [processor.prepare(train[number]) for number in range(4)]
         rows: Any = [samples[:2], samples[2:]] if config.data.batching.name == "packed" else samples

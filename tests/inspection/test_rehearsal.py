@@ -55,7 +55,7 @@ def test_a_mask_that_lets_samples_see_each_other_stops_the_run(
 
 def test_samples_that_see_each_other_a_little_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """So little that losses hardly change: what one says must change nothing of another."""
-    each = varlen._each
+    each: Any = varlen._each
 
     def leaking(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
         return each(query, key, value + 1e-6 * value.mean(2, keepdim=True), *rest)

@@ -3,6 +3,7 @@
 Axes: ``b t`` positions, ``l`` learned tokens, ``d`` width.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ def token_losses(
     size = max(1, AT_ONCE // int(llm.config.vocab_size))
     if len(hidden) <= size or not torch.is_grad_enabled():
         return torch.cat([_some(llm, *part) for part in _parts(hidden, targets, size)])
-    again = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn after the decoder
-    return torch.cat([checkpoint(_some, llm, *part, **again) for part in _parts(hidden, targets, size)])
+    again = partial(checkpoint, _some, llm, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn here
+    return torch.cat([again(*part) for part in _parts(hidden, targets, size)])
 
 
 def _parts(

@@ -73,14 +73,17 @@ def varlen_attention(
         dtype = torch.get_autocast_dtype("cuda")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
-        return _each(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout), None
+        return _each(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout), None  # pyright: ignore[reportCallIssue]
     if dropout:
         raise ValueError(
             f"llm.attention=varlen drops no attention out on a GPU, and llm.architecture asks for {dropout}. Say "
             "llm.attention=sdpa."
         )
-    joined = varlen_attn(
-        *(states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)),
+    flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
+    joined: Any = varlen_attn(
+        flat[0],
+        flat[1],
+        flat[2],
         cu_seq_lens_q,
         cu_seq_lens_q,
         max_length_q,
@@ -89,7 +92,6 @@ def varlen_attention(
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    assert isinstance(joined, Tensor)
     return joined.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
@@ -107,10 +109,12 @@ def _each(
     found = []
     for start, stop in pairwise(boundaries.tolist()):
         row, first, size = start // length, start % length, stop - start
-        own = [states[row : row + 1, :, first : first + size] for states in (query, key, value)]
+        q, k, v = (states[row : row + 1, :, first : first + size] for states in (query, key, value))
         band = None if sliding_window is None or size <= sliding_window else _band(size, sliding_window, query.device)
-        given = {"attn_mask": band, "is_causal": band is None, "dropout_p": dropout, "scale": scaling}
-        found.append(F.scaled_dot_product_attention(*own, **given, enable_gqa=heads != key.shape[1]).transpose(1, 2))
+        out = F.scaled_dot_product_attention(
+            q, k, v, band, dropout, is_causal=band is None, scale=scaling, enable_gqa=heads != key.shape[1]
+        )
+        found.append(out.transpose(1, 2))
     return torch.cat(found, dim=1).view(rows, length, heads, width)
 
 
