@@ -15,8 +15,7 @@ With strategy=ddp each device holds all that; gradients lie in the buckets that 
 `memory_shares` says what changes. Activations that are computed again (strategy.checkpointing) are so here too.
 
 The worst moment is that of the forward and backward, or that of AdamW's step, when the activations are gone.
-Not in it: what a GPU's driver and libraries take and what lies idle between blocks (see `ALLOWANCE`), evaluation, and
-the losses by source that are read now and then for the log.
+Not in it: what a GPU's driver and libraries take and what lies idle between blocks (see `ALLOWANCE`), and evaluation.
 """
 
 import weakref
