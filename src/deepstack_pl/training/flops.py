@@ -73,11 +73,12 @@ class FlopsCounter:
         projectors = [p for p in (model.projector, *model.own_projectors.values()) if p is not None]
         before = learns
         for projector in projectors:
-            learns |= _learns(projector)
+            flows = before
             for module in projector.modules():
                 if isinstance(module, nn.Linear):
-                    flows = before or any(p.requires_grad for p in projector.parameters())
                     self._watch(module, self._projected, _times(module.weight, flows))
+                flows |= any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+            learns |= flows
         others = [*model.gates.values(), *([] if model.image_newline is None else [model.image_newline])]
         learns |= any(p.requires_grad for p in others) or _learns(model.get_input_embeddings())
         self._layers = []
