@@ -7,9 +7,12 @@ import pytest
 from small_run import Pages, small_module, small_processor, small_trainer
 
 from deepstack_pl.data.config import DataConfig
+from deepstack_pl.training import throughput
 from deepstack_pl.training.datamodule import DeepStackDataModule
+from deepstack_pl.training.flops import FlopsCounter
+from deepstack_pl.training.loader import TimedLoader
 from deepstack_pl.training.progress import LogLine, TrainingBar, progress
-from deepstack_pl.training.throughput import Throughput, TimedLoader
+from deepstack_pl.training.throughput import Throughput
 
 
 class Sleeper(lightning.Callback):
@@ -78,7 +81,9 @@ def test_overall_speed_covers_every_step_of_the_run_and_nothing_between_steps(tm
 def test_a_new_session_counts_from_nothing(tmp_path):
     speed = Throughput(every_steps=4)
     fit(tmp_path, speed, steps=6)
-    speed.on_train_start(None, None)
+    module = small_module()
+    module.configure_model()
+    speed.on_train_start(None, module)
     assert (speed.seconds_training, speed.tokens_per_second_overall) == (0.0, None)
 
 
@@ -87,6 +92,38 @@ def test_waiting_for_data_is_a_share_of_the_time(tmp_path):
     fit(tmp_path, fast)
     fit(tmp_path, slow, pages=SlowPages())
     assert 0 <= fast.last["speed/data_wait_share"] < slow.last["speed/data_wait_share"] < 1
+
+
+def test_every_number_of_a_window_is_of_the_batches_in_it(tmp_path):
+    """Twelve pages in batches of three, the longer ones with the shorter: what is logged follows from the samples."""
+    speed = Throughput(every_steps=4)
+    trainer = fit(tmp_path, speed)
+    processor, pages, stream = small_processor(), Pages(), trainer.datamodule.stream
+    batches = [processor.collate([processor.prepare(pages[i]) for (i,) in units]) for units in stream.epoch_batches(0)]
+    samples, tokens, learned = 12, sum(sum(b.lengths) for b in batches), sum(len(b.targets) for b in batches)
+    seconds = samples / speed.last["speed/samples_per_second"]
+    assert speed.last["speed/tokens_per_second"] * seconds == pytest.approx(tokens)
+    assert speed.last["speed/supervised_tokens_per_second"] * seconds == pytest.approx(learned)
+    positions = sum(b.input_ids.numel() for b in batches)
+    assert positions > tokens
+    assert speed.last["speed/padding_share"] == pytest.approx(1 - tokens / positions)
+    network = trainer.lightning_module.network
+    counter, flops = FlopsCounter(network), 0.0
+    for batch in batches:
+        network(**batch.training_inputs(), use_cache=False)
+        flops += counter.of(batch)
+    assert speed.last["speed/model_flops_per_second"] * seconds == pytest.approx(flops)
+    assert "speed/mfu" not in speed.last, "of a CPU no peak is known"
+    assert not any(name.startswith(("speed_min", "speed_max")) for name in speed.last)
+
+
+def test_the_utilisation_is_a_share_of_the_devices_peak(tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "peak_of", lambda device, half: 1e12 if half else None)
+    speed = Throughput(every_steps=2, precision="bf16-mixed")
+    trainer = fit(tmp_path, speed, TrainingBar(), enable_progress_bar=True)
+    assert speed.last["speed/mfu"] == pytest.approx(speed.last["speed/model_flops_per_second"] / 1e12)
+    numbers = trainer.progress_bar_callback.get_metrics(trainer, trainer.lightning_module)
+    assert str(numbers["mfu"]).endswith("%")
 
 
 def test_a_log_line_shows_where_the_run_stands(tmp_path, capsys):
@@ -110,7 +147,7 @@ def test_the_bar_runs(tmp_path):
     bar = trainer.progress_bar_callback
     assert isinstance(bar, TrainingBar)
     numbers = bar.get_metrics(trainer, trainer.lightning_module)
-    assert set(numbers) == {"loss", "tok/s", "wait"}
+    assert set(numbers) == {"loss", "tok/s", "pad", "wait"}
     assert str(numbers["wait"]).endswith("%")
 
 

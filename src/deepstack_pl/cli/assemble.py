@@ -47,6 +47,7 @@ from deepstack_pl.training.ledger import Ledger
 from deepstack_pl.training.module import DeepStackModule
 from deepstack_pl.training.parts import adapters_of, part_configs
 from deepstack_pl.training.sharding import shares_weights
+from deepstack_pl.training.split import StepSplit
 from deepstack_pl.training.strategies import make_strategy
 from deepstack_pl.training.throughput import Throughput
 from deepstack_pl.training.watchdog import Watchdog
@@ -71,8 +72,16 @@ class Assembly:
     @property
     def throughput(self) -> Throughput | None:
         """What measures speed; None where conf leaves it out."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it in a connector
-        return next((c for c in callbacks if isinstance(c, Throughput)), None)
+        return next((c for c in self._callbacks if isinstance(c, Throughput)), None)
+
+    @property
+    def split(self) -> StepSplit | None:
+        """What measures where a step's time goes; None where conf leaves it out."""
+        return next((c for c in self._callbacks if isinstance(c, StepSplit)), None)
+
+    @property
+    def _callbacks(self) -> list[Callback]:
+        return self.trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it in a connector
 
 
 def settle(run: RunConfig) -> list[str]:
@@ -221,7 +230,11 @@ def open_data(run: RunConfig) -> tuple[Source | PipelineSource, Source]:
 def machines(run: RunConfig, folder: Path) -> list[Callback]:
     """The callbacks of conf; a checkpoint is told where."""
     facts = {"config": digest_of(run), "versions": versions()}
-    where = {"checkpoint": {"folder": str(folder / CHECKPOINTS), "facts": facts}}
+    precision = str(run.trainer.get("precision") or "32-true")
+    where = {
+        "checkpoint": {"folder": str(folder / CHECKPOINTS), "facts": facts},
+        "throughput": {"precision": precision},
+    }
     chosen = [(name, values) for name, values in run.callbacks.items() if values]
     return [instantiate({**values, "_convert_": "all"}, **where.get(name, {})) for name, values in chosen]
 

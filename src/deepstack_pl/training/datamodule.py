@@ -22,8 +22,8 @@ from deepstack_pl.data.records import Source
 from deepstack_pl.data.stream import ORDER_VERSION, MicroBatchSampler, Position, Stream, train_loader
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.training.ledger import Ledger
+from deepstack_pl.training.loader import TimedLoader
 from deepstack_pl.training.tally import Tally, over_all
-from deepstack_pl.training.throughput import TimedLoader
 
 SAMPLES_UNKNOWN = 10_000  # of a stream without an index: what shares of an epoch are taken of
 STATE = 2  # the version of what `DeepStackDataModule.state_dict` says

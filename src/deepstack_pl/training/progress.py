@@ -78,6 +78,6 @@ def readable(trainer: lightning.Trainer) -> dict[str, str]:
 
 
 def _text(name: str, value: float) -> str:
-    if name == "wait":
+    if name in ("wait", "pad", "mfu"):
         return f"{value:.0%}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
