@@ -25,16 +25,21 @@ def sentence(error: BaseException, schema: Schema) -> str | None:
     """What to tell the user about ``error``; None where it is a mistake of ours and the traceback must be seen."""
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
-    if isinstance(error, InstantiationException):
-        return _instantiation(error)
     if isinstance(error, OverrideParseException):
         return f"Cannot read the override '{error.override}': {str(error).splitlines()[0]}"
     if isinstance(error, OmegaConfBaseException):
         return _omegaconf(error, schema)
-    if isinstance(error, HydraException):
+    if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
         return _composition(error, schema)
     if isinstance(error, yaml.YAMLError):
         return f"This is no YAML: {' '.join(str(error).split())}"
+    return refusal(error)
+
+
+def refusal(error: BaseException) -> str | None:
+    """`sentence` of what happens once the run is composed, where no schema is at hand."""
+    if isinstance(error, InstantiationException):
+        return _instantiation(error)
     if isinstance(error, ValueError | RuntimeError | OSError):
         return _ours(error)
     return None
