@@ -18,6 +18,7 @@ from deepstack_pl.config.schema import Schema
 _IN_FILE = re.compile(
     r"In '(?P<file>[^']+)': \w+ raised while composing config:\n(?P<says>[^\n]*)(?:\n\s+full_key: (?P<key>\S+))?"
 )
+_NOT_DELETED = re.compile(r"Could not delete '(?P<group>[^'=]+)[^']*'\. No match in the defaults list")
 _WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*\n([\w.]+): (.*)", re.DOTALL)
 
 
@@ -61,6 +62,13 @@ def _composition(error: HydraException, schema: Schema) -> str:
         if (error.__cause__.full_key or "").startswith("hydra."):
             return " ".join(str(error).split())  # Hydra's own tree: it knows better what it holds
         return _omegaconf(error.__cause__, schema)
+    deleted = _NOT_DELETED.match(str(error))
+    if deleted:
+        group = deleted["group"]
+        return (
+            f"~{group}: there is no single {group} to leave out; with {group}=[...], here or in an experiment, there "
+            f"are several. Take that or ~{group} away, or choose one: {group}=NAME."
+        )
     in_file = _IN_FILE.match(str(error))
     if in_file:
         says, key = in_file["says"], in_file["key"] or ""
