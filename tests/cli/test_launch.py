@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_run import run_of
 
-from deepstack_pl.cli.machines import Machines, require_group, started, wanted
+from deepstack_pl.cli.machines import Machines, require_device, require_group, started, wanted
 from deepstack_pl.cli.run import execute
 
 ASLEEP = "import time; time.sleep(60)"
@@ -86,6 +86,26 @@ def test_sruns_tasks_are_a_group_that_torch_can_join(monkeypatch: pytest.MonkeyP
         "MASTER_ADDR": "gpu07",
     }
     require_group(Machines(2, 2))
+
+
+@pytest.mark.parametrize(("place", "seen", "slurm"), [(2, 2, False), (1, 1, True), (0, 0, False)])
+def test_a_process_of_a_group_without_a_gpu_of_its_number_is_refused(
+    place: int, seen: int, slurm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": place + 4, "LOCAL_RANK": place}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    if slurm:  # --gpus-per-task: each sees its own alone
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    run = run_of("strategy=ddp", "trainer=gpu", "trainer.devices=4")
+    with pytest.raises(ValueError, match=rf"process {place + 4} is number {place} .* it sees {seen}\.") as refused:
+        require_device(run)
+    assert ("--gpus-per-node" in str(refused.value)) is slurm
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: place + 1)
+    require_device(run)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    require_device(run_of("strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=4"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say that a parent has died")

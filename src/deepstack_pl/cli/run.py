@@ -19,7 +19,7 @@ from deepstack_pl.cli.description import describe
 from deepstack_pl.cli.ending import ending_at_once, number_here
 from deepstack_pl.cli.folders import CONFIG, RECEIPT, checkpoint_of, claim, relative, remember, write_text
 from deepstack_pl.cli.launch import launch
-from deepstack_pl.cli.machines import require_group, started, wanted
+from deepstack_pl.cli.machines import require_device, require_group, started, wanted
 from deepstack_pl.cli.memory import print_memory
 from deepstack_pl.cli.report import print_report, write_results
 from deepstack_pl.cli.resume import Resumed, whole
@@ -59,6 +59,7 @@ def execute(
     real = run.trial is not DryRun.true
     if grouped and real:  # also of one: each of the others would make the whole run by itself
         require_group(there)
+        require_device(run)
     several = there.world > 1 and real
     if several and not grouped:
         return launch(run, folder, command, arm, resumed)
