@@ -59,6 +59,8 @@ def test_one_device_may_be_chosen_by_its_number() -> None:
         (["strategy=fsdp", "trainer.devices=0"], "trainer.devices=0: use 1 or more"),
         (["strategy=fsdp", "trainer.devices=two"], "trainer.devices=two: use 1 or more"),
         (["strategy=fsdp", "trainer.devices=[2,3]"], "CUDA_VISIBLE_DEVICES=2,3, and say trainer.devices=2"),
+        (["trainer.num_nodes=two"], "trainer.num_nodes=two: machines, 1 or more"),
+        (["trainer.num_nodes=0"], "trainer.num_nodes=0: machines, 1 or more"),
         (["strategy.timeout=0"], "strategy.timeout=0.0: seconds, more than 0"),
     ],
 )

@@ -1,21 +1,16 @@
-"""How many processes a run wants, who has started them, and what is said when one of them fails."""
+"""How many processes a run wants, and who has started them."""
 
-import json
 import os
-import re
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tiny_run import run_of
 
-from deepstack_pl.cli import launch
-from deepstack_pl.cli.machines import Machines, require_group, started, wanted
+from deepstack_pl.cli.machines import Machines, require_device, require_group, started, wanted
 from deepstack_pl.cli.run import execute
 
 ASLEEP = "import time; time.sleep(60)"
@@ -93,43 +88,31 @@ def test_sruns_tasks_are_a_group_that_torch_can_join(monkeypatch: pytest.MonkeyP
     require_group(Machines(2, 2))
 
 
-def failed(tmp_path: Path, codes: list[int], *said: dict[str, Any]) -> Exception:
-    group = launch._Group(tmp_path, tmp_path)
-    for each in said:
-        whole = {"time": 0.0, "mendable": False, **each}
-        (tmp_path / f"error-{each['rank']}.json").write_text(json.dumps(whole))
-    with pytest.raises((ValueError, RuntimeError)) as caught:
-        group._explain(codes)
-    return caught.value
-
-
-def test_what_went_wrong_first_is_said_and_not_what_followed_from_it(tmp_path: Path) -> None:
-    broken = {"rank": 0, "time": 1.0, "text": "RuntimeError: Connection closed by peer [127.0.0.1]"}
-    error = failed(tmp_path, [1, 1], broken, {"rank": 1, "time": 2.0, "text": "ZeroDivisionError: division by zero"})
-    assert str(error) == "process 1: ZeroDivisionError: division by zero"
-
-
-def test_what_all_say_is_said_once_and_names_nobody(tmp_path: Path) -> None:
-    same = [{"rank": rank, "time": float(rank), "mendable": True, "text": "seed=-1"} for rank in (0, 1)]
-    error = failed(tmp_path, [1, 1], *same)
-    assert isinstance(error, ValueError)
-    assert str(error) == "seed=-1"
-
-
-def test_a_process_that_was_killed_is_named_with_where_it_was(tmp_path: Path) -> None:
-    (tmp_path / "logs").mkdir()
-    beat = {"step": 7, "phase": "forward and backward", "samples": [], "time": 0.0}
-    (tmp_path / "logs" / "heartbeat-1.json").write_text(json.dumps(beat))
-    broken = {"rank": 0, "time": 1.0, "text": "RuntimeError: Connection closed by peer [127.0.0.1]"}
-    error = failed(tmp_path, [1, -signal.SIGKILL], broken)
-    assert re.match(r"process 1 was ended by SIGKILL in step 7 \(forward and backward\)", str(error))
+@pytest.mark.parametrize(("place", "seen", "slurm"), [(2, 2, False), (1, 1, True), (0, 0, False)])
+def test_a_process_of_a_group_without_a_gpu_of_its_number_is_refused(
+    place: int, seen: int, slurm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": place + 4, "LOCAL_RANK": place}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    if slurm:  # --gpus-per-task: each sees its own alone
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    run = run_of("strategy=ddp", "trainer=gpu", "trainer.devices=4")
+    with pytest.raises(ValueError, match=rf"process {place + 4} is number {place} .* it sees {seen}\.") as refused:
+        require_device(run)
+    assert ("--gpus-per-node" in str(refused.value)) is slurm
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: place + 1)
+    require_device(run)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    require_device(run_of("strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=4"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say that a parent has died")
 def test_no_process_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     script = (
-        "import subprocess, sys, time; from deepstack_pl.cli.launch import _die_with_the_parent\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {ASLEEP!r}], preexec_fn=_die_with_the_parent)\n"
+        "import subprocess, sys, time; from deepstack_pl.cli.launch import _before_it_begins\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {ASLEEP!r}], preexec_fn=_before_it_begins)\n"
         "print(child.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

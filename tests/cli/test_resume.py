@@ -18,7 +18,7 @@ from deepstack_pl.evaluation.config import EvaluationConfig
 from deepstack_pl.language.config import LLMConfig
 from deepstack_pl.multimodal.config import ProjectorConfig
 from deepstack_pl.stacking.config import ModelConfig
-from deepstack_pl.training.config import OptimConfig, StageConfig, StrategyConfig
+from deepstack_pl.training.config import OptimConfig, Spread, StageConfig, StrategyConfig
 from deepstack_pl.vision.config import VisionConfig
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -181,3 +181,10 @@ def test_a_crash_before_the_first_regular_checkpoint_is_gone_on_with() -> None:
 def test_a_run_is_not_written_over_another() -> None:
     with pytest.raises(ValueError, match="already holds a run"):
         claim(a_run(Path("outputs/a")))
+
+
+def test_another_strategy_is_refused_with_the_word_that_works() -> None:
+    remember(a_run(Path("outputs/a")))
+    with pytest.raises(ValueError, match=r"strategy=ddp with ckpt_path: .* such as strategy\.kind=ddp\."):
+        go_on("ckpt_path=last", "strategy=ddp")
+    assert go_on("ckpt_path=last", "strategy.kind=ddp", "trainer.devices=2").run.strategy.kind is Spread.ddp

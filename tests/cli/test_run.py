@@ -18,6 +18,7 @@ from deepstack_pl.cli import trial
 from deepstack_pl.cli.assemble import make_processor
 from deepstack_pl.cli.layout import collate_of, worst_rows
 from deepstack_pl.cli.provenance import Memory
+from deepstack_pl.cli.run import execute
 from deepstack_pl.cli.surroundings import share_cores
 from deepstack_pl.data.columns import Columns
 from deepstack_pl.data.sources import open_sources
@@ -91,6 +92,15 @@ def test_init_from_is_recorded_and_said(capsys: pytest.CaptureFixture[str]) -> N
     assert start(folder=Path("one"))["init_from"] is None
     assert start("init_from=one", folder=Path("two"))["init_from"] == "one"
     assert "starting from the weights of one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "csv"])
+def test_the_report_names_tensorboard_where_it_has_something_to_show(
+    logger: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in TINY if word != "~logger"]
+    execute(run_of(*words, f"logger={logger}"), Path("run"), "python train.py")
+    assert ("tensorboard --logdir outputs" in capsys.readouterr().out) is (logger == "tensorboard")
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ from deepstack_pl.training.checkpoints import all_of, verify
 from deepstack_pl.training.restore import read_model
 
 REPOSITORY = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY / "tests" / "cli")}
+OURS = os.pathsep.join(str(REPOSITORY / folder) for folder in ("src", "tests/cli"))
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": OURS}
 TINY = (*SMALL, "data.micro_batch_size=1", "llm.architecture.num_hidden_layers=5", "~logger")
 TWO = ("strategy=fsdp", "trainer.devices=2", "trainer.accelerator=cpu")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -117,9 +118,82 @@ def test_a_worker_that_is_killed_is_named(tmp_path: Path) -> None:
     fault = "+callbacks.fault={_target_: tiny_run.Killed, rank: 1, step: 2}"
     done = call(command(tmp_path / "run", *TWO, fault, "callbacks.checkpoint.every_steps=1"), tmp_path)
     assert done.returncode == 1
-    assert "process 1" in done.stderr
-    assert "SIGKILL" in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("process 1 was ended by SIGKILL")
+    found = results_of(tmp_path / "run")
+    assert (found["status"], found["reason"]) == ("failed", last)
     assert all_of(tmp_path / "run" / "checkpoints")[0].step >= 1
+
+
+def torchrun(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    python, script, *rest = command(folder, *TWO, *words)
+    start = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    return call([*start, *rest], folder.parent)
+
+
+def test_under_torchrun_a_dry_run_prints_once(tmp_path: Path) -> None:
+    done = torchrun(tmp_path / "run", "dry_run=true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("global view and up to 4 tiles") == 1
+
+
+def test_what_process_0_alone_refuses_under_torchrun_is_one_sentence(tmp_path: Path) -> None:
+    """It alone looks whether the folder is taken; the other finds it gone."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    done = torchrun(tmp_path / "run")
+    assert done.returncode == 1
+    ours, _, torchruns = done.stderr.partition("torch/distributed/elastic")
+    assert torchruns
+    assert ours.count("already holds a run") == 1
+    assert "Traceback" not in ours
+
+
+@pytest.mark.parametrize("spread", [(), TWO])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_the_first_step_leaves_a_word_and_an_interrupted_run(
+    spread: tuple[str, ...], number: int, status: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    words, err = command(folder, *spread), (tmp_path / "err").open("w+")
+    process = subprocess.Popen(words, env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=err)
+    until = time.monotonic() + 120
+    while not (folder / "results.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == status
+    err.seek(0)
+    said = err.read()
+    assert "at once" in said
+    assert "Traceback" not in said
+    assert results_of(folder)["status"] == "interrupted"
+
+
+def test_callbacks_beside_the_script_are_found_by_all_and_a_killed_launcher_leaves_nothing_elsewhere(
+    tmp_path: Path,
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "train.py").write_text(
+        f"import runpy; runpy.run_path({str(REPOSITORY / 'train.py')!r}, run_name='__main__')"
+    )
+    (own / "mine.py").write_text("from tiny_run import Slow as Mine")
+    folder, temporary = tmp_path / "run", tmp_path / "temporary"
+    temporary.mkdir()
+    python, _, *rest = command(folder, *TWO, "+callbacks.own={_target_: mine.Mine}")
+    environment = {**ENVIRONMENT, "TMPDIR": str(temporary)}
+    process = subprocess.Popen([python, str(own / "train.py"), *rest], env=environment, cwd=tmp_path)
+    until = time.monotonic() + 120
+    while not (folder / "logs" / "heartbeat-1.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not list(temporary.glob("deepstack*"))
+    assert len(list(folder.glob("logs/group-*"))) == 1, "which the next start takes away"
 
 
 def test_the_gathered_weights_are_those_of_the_last_checkpoint(one: Path) -> None:

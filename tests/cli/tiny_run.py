@@ -50,6 +50,13 @@ class CtrlCTwice(lightning.Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+class Preempted(lightning.Callback):
+    """SIGTERM when the last step is done."""
+
+    def on_train_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 class StopEarly(lightning.Callback):
     """Ends training before its last step, as EarlyStopping may."""
 

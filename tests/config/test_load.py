@@ -182,6 +182,7 @@ def test_an_open_section_takes_a_key_that_is_no_slip() -> None:
         (["data.mixture=[{root: a}]"], "data.source=fine_print does not read it. Say data=shards"),
         (["llm.init=pretrained"], "llm.checkpoint is not given"),
         (["vision.init=pretrained"], "vision.open_clip_model"),
+        (["logger=[tensorboard,csv]", "~logger"], "~logger: there is no single logger to leave out"),
         (["ckpt_path=last"], "on the command line alone"),
         (["~model"], "model.name"),
     ],

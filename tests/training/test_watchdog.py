@@ -53,3 +53,22 @@ def test_it_changes_no_weight_and_says_nothing_where_all_goes_on(tmp_path: Path)
     for (name, one), other in zip(watched.network.named_parameters(), alone.network.parameters(), strict=True):
         assert torch.equal(one, other), name
     assert watchdog._thread is None
+
+
+def test_a_disk_that_is_full_ends_no_watch(tmp_path: Path, capfd: Any) -> None:
+    """A file where the folder should be; it is no matter which OSError it is."""
+    (tmp_path / "logs").write_text("")
+    watchdog = Watchdog(tmp_path, StrategyConfig(name="single", stall=0.4))
+    fit(tmp_path / "elsewhere", watchdog, Pause(1.5))
+    said = capfd.readouterr().err
+    assert said.count("process 0 cannot write") == 1
+    assert watchdog.stalls == 1
+    assert "process 0 has made no batch for " in said
+    assert "in on_train_batch_start" in said, "the stacks, which found no place elsewhere"
+
+
+def test_the_first_sign_of_life_replaces_that_of_an_earlier_start(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "heartbeat-0.json").write_text(json.dumps({"step": 900, "phase": "update", "time": 1.0}))
+    fit(tmp_path, Watchdog(tmp_path, StrategyConfig(name="single")))
+    assert json.loads((tmp_path / "logs" / "heartbeat-0.json").read_text())["step"] <= 3

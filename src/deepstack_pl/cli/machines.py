@@ -26,9 +26,9 @@ def wanted(run: RunConfig) -> Machines:
     """What ``run`` asks for.
 
     Raises:
-        ValueError: the strategy is for another number of processes, or there are fewer devices.
+        ValueError: the strategy is for another number of processes, or no such number can be.
     """
-    nodes = int(run.trainer.get("num_nodes") or 1)
+    nodes = _nodes(run)
     devices = _devices(run)
     if run.strategy.kind is Spread.single and devices * nodes > 1:
         raise ValueError(
@@ -71,6 +71,33 @@ def require_group(there: Machines) -> None:
             f"{processes} processes were started, but trainer.devices={there.devices} and trainer.num_nodes="
             f"{there.nodes} are {there.world}. Start as many as these say."
         )
+
+
+def require_device(run: RunConfig) -> None:
+    """The GPU that this process of a group takes, the one of its number on its machine, is there.
+
+    Raises:
+        ValueError: it sees too few.
+    """
+    place, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if not on_gpu(run) or place < here:
+        return
+    remedy = "Start no more processes on a machine than it has GPUs, and say trainer.devices as many."
+    if "SLURM_STEP_NUM_TASKS" in os.environ:
+        remedy += " srun must let each see all of its machine's: --gpus-per-node, not --gpus-per-task or --gpu-bind."
+    raise ValueError(
+        f"process {os.environ['RANK']} is number {place} on its machine, counted from 0, and takes the GPU of that "
+        f"number, but it sees {here}. {remedy}"
+    )
+
+
+def _nodes(run: RunConfig) -> int:
+    asked = run.trainer.get("num_nodes")
+    if asked is None:
+        return 1
+    if not str(asked).isdigit() or int(asked) < 1:
+        raise ValueError(f"trainer.num_nodes={asked}: machines, 1 or more.")
+    return int(asked)
 
 
 def _devices(run: RunConfig) -> int:

@@ -61,6 +61,7 @@ def summary(results: dict[str, Any], folder: Path) -> list[str]:
     receipt = "every injection proven" if results["plan"]["injections"] else "an empty plan, nothing is stacked"
     begun = [f"started from the weights of {results['init_from']}"] if results["init_from"] else []
     left = results.get("not_asked", [])
+    curves = "; tensorboard --logdir outputs" if any(folder.rglob("events.out.tfevents.*")) else ""
     return [
         *begun,
         *([f"not asked: {len(left)} held-out samples (results.json has all). {left[0]}"] if left else []),
@@ -71,7 +72,7 @@ def summary(results: dict[str, Any], folder: Path) -> list[str]:
         f"time: {duration(seconds['train'])} training, {duration(seconds['evaluate'])} evaluation"
         + (f"; {speed:,.0f} tokens/s" if speed else ""),
         f"receipt: {receipt}",
-        f"run: {relative(folder)}  (results.json; tensorboard --logdir outputs)",
+        f"run: {relative(folder)}  (results.json{curves})",
     ]
 
 

@@ -156,9 +156,10 @@ def _allowed(override: Override, schema: Schema, folder: Path) -> str:
     """``override`` as a dotted assignment, if it leaves the run what it is."""
     key, typed = override.key_or_group, override.input_line
     if override.is_delete() or override.is_sweep_override() or schema.kinds.get(key) is Kind.section or key in FREE[:4]:
+        example = f"strategy.kind={override.value()}" if key == "strategy" else "trainer.max_steps=600"
         raise ValueError(
             f"{typed} with ckpt_path: a run goes on under its saved config, in which single values may change, such as "
-            "trainer.max_steps=600. Write KEY.NAME=VALUE."
+            f"{example}. Write KEY.NAME=VALUE."
         )
     if not any(key == free or key.startswith(f"{free}.") for free in FREE):
         raise ValueError(

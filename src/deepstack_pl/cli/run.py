@@ -16,9 +16,10 @@ from deepstack_pl import processes
 from deepstack_pl.cli import checks, provenance
 from deepstack_pl.cli.assemble import Assembly, assemble, device_of, model_builder, settle
 from deepstack_pl.cli.description import describe
+from deepstack_pl.cli.ending import ending_at_once, number_here
 from deepstack_pl.cli.folders import CONFIG, RECEIPT, checkpoint_of, claim, relative, remember, write_text
 from deepstack_pl.cli.launch import launch
-from deepstack_pl.cli.machines import require_group, started, wanted
+from deepstack_pl.cli.machines import require_device, require_group, started, wanted
 from deepstack_pl.cli.memory import print_memory
 from deepstack_pl.cli.report import print_report, write_results
 from deepstack_pl.cli.resume import Resumed, whole
@@ -58,12 +59,16 @@ def execute(
     real = run.trial is not DryRun.true
     if grouped and real:  # also of one: each of the others would make the whole run by itself
         require_group(there)
+        require_device(run)
     several = there.world > 1 and real
     if several and not grouped:
         return launch(run, folder, command, arm, resumed)
-    if several:
-        processes.join(run.strategy.start_timeout, device_of(run))  # for good: the process ends with its run
-    return _here(run, Path(from_first(str(folder))), command, arm, resumed)
+    if grouped and not real and number_here():
+        return False  # process 0 says it
+    with ending_at_once():
+        if several:
+            processes.join(run.strategy.start_timeout, device_of(run))  # for good: the process ends with its run
+        return _here(run, Path(from_first(str(folder))), command, arm, resumed)
 
 
 def _here(run: RunConfig, folder: Path, command: str, arm: Sequence[str], resumed: Resumed | None) -> bool:
@@ -130,15 +135,15 @@ class _Run:
                 self._evaluate()
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-            by = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else "a signal"
-            reason = f"stopped at once by {by}" if stopped else f"{type(error).__name__}: {error}"
+            by = "by Ctrl-C" if isinstance(error, KeyboardInterrupt) else "because the machine was wanted"
+            reason = f"stopped at once {by}" if stopped else f"{type(error).__name__}: {error}"
             status = "interrupted" if stopped else "failed"
             self.results |= {"status": status, "interrupted": stopped, "reason": reason, "steps": self._step}
             tally = self.work.datamodule.tally_here()
             if tally.seen:
                 self.results["data"] |= provenance.counts(tally)
             self._write()
-            self._say_how_to_go_on(f"Stopped by {type(error).__name__}")
+            self._say_how_to_go_on("Stopped" if stopped else f"Stopped by {type(error).__name__}")
             raise
         if self.work.stop.preempted:
             self._preempted()

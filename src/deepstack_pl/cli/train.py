@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from deepstack_pl.cli import resume
-from deepstack_pl.cli.ending import end_now
+from deepstack_pl.cli.ending import end_now, ending_at_once, together, wait_to_speak
 from deepstack_pl.cli.folders import discard_if_empty
 from deepstack_pl.config.errors import sentence
 from deepstack_pl.config.load import from_hydra, register
@@ -76,6 +76,7 @@ class Jobs:
             try:
                 self._start(composed, folder, [])
             except Exception as error:
+                wait_to_speak(error)
                 text = sentence(error, self.schema)
                 if text is None:
                     raise
@@ -123,9 +124,10 @@ class Jobs:
 
 def main(conf: Path, argv: Sequence[str]) -> int:
     """Train as ``argv`` says, with the options of ``conf``; the exit status."""
-    if _together() > 1:
-        end_now(_main, conf, argv)
-    return _main(conf, argv)
+    with ending_at_once():
+        if together() > 1:
+            end_now(_main, conf, argv)
+        return _main(conf, argv)
 
 
 def _main(conf: Path, argv: Sequence[str]) -> int:
@@ -152,6 +154,7 @@ def _main(conf: Path, argv: Sequence[str]) -> int:
         print("stopped at once", file=sys.stderr)
         return 130
     except Exception as error:
+        wait_to_speak(error)
         text = sentence(error, schema)
         if text is None:
             raise
@@ -159,14 +162,9 @@ def _main(conf: Path, argv: Sequence[str]) -> int:
         return 1
 
 
-def _together() -> int:
-    """How many processes torchrun or srun has started with this one."""
-    return max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
-
-
 def _refuse_sweep_in_group(line: CommandLine) -> None:
     """Points of a sweep cannot share a group of processes: the second would meet what the first left of it."""
-    several = _together()
+    several = together()
     if several > 1 and {"-m", "--multirun"} & {*line.flags}:
         raise ValueError(
             f"-m in one of {several} processes that were started together: a sweep starts the processes of each point "

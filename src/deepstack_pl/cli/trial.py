@@ -19,6 +19,7 @@ from deepstack_pl.data.pipeline import PipelineSource
 from deepstack_pl.data.sources import Source
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.processes import world
+from deepstack_pl.training.interrupt import without_lightnings_handlers
 from deepstack_pl.vision.views import full_grid_size
 
 _LOOKED_AT = 256  # samples among which a trial step looks for the longest
@@ -37,6 +38,7 @@ def one_step(run: RunConfig, folder: Path, work: Assembly, console: Console, mem
     batch = collate_of(run, processor)(worst_rows(samples, run, longest, world()))
     once = {"max_steps": 1, "accumulate_grad_batches": 1, "log_every_n_steps": 1}
     trainer = build_trainer(run, folder, [], [], **once, enable_checkpointing=False, enable_progress_bar=False)
+    without_lightnings_handlers(trainer)
     start = time.perf_counter()
     trainer.fit(work.module, train_dataloaders=_Once(batch))
     peaks = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in memory.peaks().items())

@@ -1,50 +1,73 @@
-"""``python -m deepstack_pl.cli.worker FOLDER``: one process of a run; `launch` starts it and reads what it leaves."""
+"""``python -m deepstack_pl.cli.worker FOLDER``: one process of a run; `launch` starts it and reads what it leaves.
+
+What is heavy is imported inside: `launch` holds signals back until it is known here what they do.
+"""
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 
-from deepstack_pl.cli.ending import end_now
+from deepstack_pl.cli.ending import CTRL_C, PREEMPTING, end_now, ending_at_once, is_consequence
 from deepstack_pl.cli.folders import CONFIG
-from deepstack_pl.cli.launch import CALL, CTRL_C
+from deepstack_pl.training.config import PREEMPTED
+
+CALL = "call.json"
 
 
 def main(private: Path) -> int:
-    """Take part in the run that ``private`` describes; the exit status."""
+    """Take part in the run that ``private`` describes; the exit status. Whatever ends it is left there in words."""
+    rank = int(os.environ["RANK"])
+    try:
+        with ending_at_once():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, *PREEMPTING})
+            interrupted = _take_part(private, rank)
+    except KeyboardInterrupt:
+        return CTRL_C
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == PREEMPTED:
+            return PREEMPTED
+        _leave(private / f"error-{rank}.json", rank, error)
+        return 1
+    (private / f"outcome-{rank}.json").write_text(json.dumps({"interrupted": interrupted}), encoding="utf-8")
+    return 0
+
+
+def _take_part(private: Path, rank: int) -> bool:
+    call = json.loads((private / CALL).read_text(encoding="utf-8"))
+    sys.path[:] = call["path"]  # the folder of train.py, where callbacks of one's own may lie
+    folder = Path(call["folder"])
+    if rank:
+        _write_to(folder / "logs" / f"rank-{rank}.log")
     from deepstack_pl.cli.resume import Resumed
     from deepstack_pl.cli.run import execute
     from deepstack_pl.config.load import load
 
-    rank = int(os.environ["RANK"])
-    call, run = json.loads((private / CALL).read_text(encoding="utf-8")), load(private / CONFIG, [])
-    folder = Path(call["folder"])
-    if rank:
-        _write_to(folder / "logs" / f"rank-{rank}.log")
-    resumed = None
+    run, resumed = load(private / CONFIG, []), None
     if call["resumed"] is not None:
         its = call["resumed"]
         resumed = Resumed(
             run, Path(its["folder"]), Path(its["checkpoint"]), its["results"], its["named"], tuple(its["notes"])
         )
-    try:
-        interrupted = execute(run, folder, call["command"], arm=call["arm"], resumed=resumed)
-    except KeyboardInterrupt:
-        return CTRL_C
-    except Exception as error:
-        mendable = isinstance(error, ValueError)
-        said = {
-            "rank": rank,
-            "time": time.time(),
-            "mendable": mendable,
-            "text": str(error) if mendable else traceback.format_exc(),
-        }
-        (private / f"error-{rank}.json").write_text(json.dumps(said), encoding="utf-8")
-        return 1
-    (private / f"outcome-{rank}.json").write_text(json.dumps({"interrupted": interrupted}), encoding="utf-8")
-    return 0
+    return execute(run, folder, call["command"], arm=call["arm"], resumed=resumed)
+
+
+def _leave(file: Path, rank: int, error: BaseException) -> None:
+    """Say in ``file`` what ended this process: a sentence where it is one, as on the terminal of a run of one."""
+    from deepstack_pl.config.errors import refusal
+
+    text = refusal(error)
+    said = {
+        "rank": rank,
+        "time": time.time(),
+        "mendable": text is not None,
+        "consequence": is_consequence(error),
+        "text": "".join(traceback.format_exception(error)) if text is None else text,
+    }
+    file.write_text(json.dumps(said), encoding="utf-8")
 
 
 def _write_to(file: Path) -> None:

@@ -18,6 +18,7 @@ from deepstack_pl.config.schema import Schema
 _IN_FILE = re.compile(
     r"In '(?P<file>[^']+)': \w+ raised while composing config:\n(?P<says>[^\n]*)(?:\n\s+full_key: (?P<key>\S+))?"
 )
+_NOT_DELETED = re.compile(r"Could not delete '(?P<group>[^'=]+)[^']*'\. No match in the defaults list")
 _WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*\n([\w.]+): (.*)", re.DOTALL)
 
 
@@ -25,16 +26,21 @@ def sentence(error: BaseException, schema: Schema) -> str | None:
     """What to tell the user about ``error``; None where it is a mistake of ours and the traceback must be seen."""
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
-    if isinstance(error, InstantiationException):
-        return _instantiation(error)
     if isinstance(error, OverrideParseException):
         return f"Cannot read the override '{error.override}': {str(error).splitlines()[0]}"
     if isinstance(error, OmegaConfBaseException):
         return _omegaconf(error, schema)
-    if isinstance(error, HydraException):
+    if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
         return _composition(error, schema)
     if isinstance(error, yaml.YAMLError):
         return f"This is no YAML: {' '.join(str(error).split())}"
+    return refusal(error)
+
+
+def refusal(error: BaseException) -> str | None:
+    """`sentence` of what happens once the run is composed, where no schema is at hand."""
+    if isinstance(error, InstantiationException):
+        return _instantiation(error)
     if isinstance(error, ValueError | RuntimeError | OSError):
         return _ours(error)
     return None
@@ -56,6 +62,13 @@ def _composition(error: HydraException, schema: Schema) -> str:
         if (error.__cause__.full_key or "").startswith("hydra."):
             return " ".join(str(error).split())  # Hydra's own tree: it knows better what it holds
         return _omegaconf(error.__cause__, schema)
+    deleted = _NOT_DELETED.match(str(error))
+    if deleted:
+        group = deleted["group"]
+        return (
+            f"~{group}: there is no single {group} to leave out; with {group}=[...], here or in an experiment, there "
+            f"are several. Take that or ~{group} away, or choose one: {group}=NAME."
+        )
     in_file = _IN_FILE.match(str(error))
     if in_file:
         says, key = in_file["says"], in_file["key"] or ""

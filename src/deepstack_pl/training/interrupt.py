@@ -55,8 +55,9 @@ class GracefulStop(lightning.Callback):
         self._data = zlib.crc32(repr(sorted(identity.items())).encode())
         self._batches = 0
 
+        without_lightnings_handlers(trainer)
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # No earlier: Lightning notes the handlers just before, and puts those back after an exception.
         if threading.current_thread() is not threading.main_thread():
             rank_zero_warn("Ctrl-C will not end this run in good order: signals reach the main thread only.")
             return
@@ -81,7 +82,9 @@ class GracefulStop(lightning.Callback):
             trainer.should_stop = True
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        self._restore()
+        self._restore()  # the last checkpoint is written by now
+        if most(self._asked)[0] == _PREEMPT:  # after the last step too: what would follow takes time
+            self.interrupted = self.preempted = True
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
@@ -124,6 +127,12 @@ class GracefulStop(lightning.Callback):
 
     def _restore(self) -> None:
         for number, handler in self._old.items():
-            if signal.getsignal(number) == self._handle:  # else Lightning has put back what was there before its own
-                signal.signal(number, handler)
+            signal.signal(number, handler)
         self._old = {}
+
+
+def without_lightnings_handlers(trainer: lightning.Trainer) -> None:
+    """What signals do is said here and outside of ``fit``: Lightning's own handler of SIGTERM would speak to the other
+    processes from wherever this one happens to be. It puts the handler in place just before training, after every hook.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None

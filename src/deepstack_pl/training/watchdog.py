@@ -43,6 +43,7 @@ class Watchdog(lightning.Callback):
         self._beat: dict[str, Any] = {}
         self._last = 0.0
         self._done = 0
+        self._unwritten = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._over.clear()
@@ -97,6 +98,7 @@ class Watchdog(lightning.Callback):
     def _watch(self) -> None:
         """The thread: life goes on as long as batches do."""
         told = 0.0
+        self._write()
         while not self._over.wait(min(_EVERY, self.strategy.stall / 4)):
             self._write()
             limit = self.strategy.stall * (4 if self._beat["phase"] == _BETWEEN else 1)
@@ -105,6 +107,15 @@ class Watchdog(lightning.Callback):
                 self._tell()
 
     def _write(self) -> None:
+        """A disk that is full ends no watch: it is said once, and tried again."""
+        try:
+            self._put()
+        except OSError as error:
+            if not self._unwritten:
+                _say(f"process {rank()} cannot write {self.folder}: {error.strerror}; it stays on watch\n")
+            self._unwritten = True
+
+    def _put(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"heartbeat-{rank()}.json"
         draft = file.with_name(f".{file.name}")
@@ -114,18 +125,26 @@ class Watchdog(lightning.Callback):
     def _tell(self) -> None:
         self.stalls += 1
         file = self.folder / f"stack-{rank()}.txt"
-        with file.open("w", encoding="utf-8") as stream:
-            faulthandler.dump_traceback(stream, all_threads=True)
+        try:
+            with file.open("w", encoding="utf-8") as stream:
+                faulthandler.dump_traceback(stream, all_threads=True)
+        except OSError:  # said by _write; then the stacks are on the terminal
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         beat = self._beat
         silent = time.monotonic() - self._last
         text = (
             f"process {rank()} has made no batch for {silent:.1f} s: step {beat['step']}, {beat['phase']}, "
             f"samples {', '.join(beat['samples'][:3]) or 'none yet'}. Where it stands: {file}\n"
         )
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+        _say(text)
 
     def _stop(self) -> None:
         self._over.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+
+def _say(text: str) -> None:
+    """From a thread, past whoever holds the lock of ``print``."""
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
