@@ -75,9 +75,11 @@ class Assembly:
         return next((c for c in self._callbacks if isinstance(c, Throughput)), None)
 
     @property
-    def split(self) -> StepSplit | None:
-        """What measures where a step's time goes; None where conf leaves it out."""
-        return next((c for c in self._callbacks if isinstance(c, StepSplit)), None)
+    def speed(self) -> dict[str, float]:
+        """The numbers of the newest window, and of the newest step that was taken apart, by their logged names."""
+        split = next((c.last for c in self._callbacks if isinstance(c, StepSplit)), {})
+        window = {} if self.throughput is None else self.throughput.last
+        return window | {f"split/{part}": seconds for part, seconds in split.items()}
 
     @property
     def _callbacks(self) -> list[Callback]:

@@ -24,6 +24,7 @@ def describe(run: RunConfig, work: Assembly) -> dict[str, Any]:
         "steps": 0,
         "seconds": {"train": 0.0, "fit": 0.0, "evaluate": 0.0},
         "tokens_per_second": None,
+        "speed": {},
         "seed": run.seed,
         "data": provenance.data_of(work.train, work.val, run),
         **provenance.weight_digests(work.module.network),

@@ -71,9 +71,25 @@ def summary(results: dict[str, Any], folder: Path) -> list[str]:
         f"parameters: {parameters['total']:,}, of which {parameters['trained']:,} trained",
         f"time: {duration(seconds['train'])} training, {duration(seconds['evaluate'])} evaluation"
         + (f"; {speed:,.0f} tokens/s" if speed else ""),
+        *_speed(results.get("speed", {})),
         f"receipt: {receipt}",
         f"run: {relative(folder)}  (results.json{curves})",
     ]
+
+
+def _speed(found: dict[str, float]) -> list[str]:
+    """What the devices did at last, and where a step's time went, the largest part first."""
+    lines = []
+    if "speed/model_flops_per_second" in found:
+        of = f" ({found['speed/mfu']:.1%} of the devices' peak)" if "speed/mfu" in found else ""
+        work = f"{found['speed/model_flops_per_second'] / 1e12:,.3g} TFLOP/s{of}"
+        lines.append(f"at last: {work}, {found['speed/padding_share']:.1%} of positions are padding")
+    split = {name.removeprefix("split/"): value for name, value in found.items() if name.startswith("split/")}
+    if split:
+        whole = sum(split.values())
+        parts = sorted(split, key=lambda part: -split[part])
+        lines.append(f"a step of {whole:.3g} s: " + ", ".join(f"{part} {split[part] / whole:.0%}" for part in parts))
+    return lines
 
 
 def _data(trained: dict[str, Any]) -> list[str]:

@@ -39,7 +39,17 @@ from deepstack_pl.training.restore import read_plain
 from deepstack_pl.training.sharding import gathered
 
 # What a resume keeps of the results on disk: the rest is said anew, by what runs now.
-_KEPT = ("metrics", "seconds", "tokens_per_second", "init_digest", "architecture_digest", "init_from", "arm", "starts")
+_KEPT = (
+    "metrics",
+    "seconds",
+    "tokens_per_second",
+    "speed",
+    "init_digest",
+    "architecture_digest",
+    "init_from",
+    "arm",
+    "starts",
+)
 
 
 def execute(
@@ -236,6 +246,7 @@ class _Run:
         """Time and speed of all starts together; a start that only evaluates leaves them as they were."""
         seconds, throughput = self.results["seconds"], self.work.throughput
         seconds["fit"] = seconds.get("fit", 0.0) + took
+        self.results["speed"] |= self.work.speed
         if throughput is None:
             seconds["train"] += took
             return
