@@ -1,6 +1,6 @@
 # Everything a newcomer types. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow test-oldest check bench clean
+.PHONY: help install train test test-slow test-oldest check bench bench-gpu clean
 
 # The first interpreter that really runs (a version manager's shim may exist and fail), is 3.11 or 3.12, and can make a
 # virtual environment. Name another with `make PYTHON=...`.
@@ -60,8 +60,13 @@ check: install  ## lint, format, types, import floors
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-bench: install  ## preprocessing against the published path, on one core; writes experiments/benchmarks/views.md
-	$(BIN)/python experiments/benchmarks/views.py
+bench: install  ## speed on the CPU, in under ten minutes; writes the tables of experiments/benchmarks
+	@for bench in views loss injection context published_way scaling; do \
+		$(BIN)/python experiments/benchmarks/$$bench.py || exit 1; echo; \
+	done
+
+bench-gpu: install  ## training steps of real size on one GPU, in at most ten minutes; writes gpu.md there
+	$(BIN)/python experiments/benchmarks/gpu.py
 
 clean:  ## remove caches and build leftovers; data, outputs and .venv stay
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info

@@ -10,11 +10,12 @@ from small_run import FROZEN, PRETRAIN, SCRATCH, STACKED, Pages, small_module, s
 
 from deepstack_pl.data.config import DataConfig
 from deepstack_pl.stacking.config import Host, ModelConfig
+from deepstack_pl.training.clock import PARTS, seconds_by_part
 from deepstack_pl.training.config import Checkpointing, StageConfig
 from deepstack_pl.training.datamodule import DeepStackDataModule
 from deepstack_pl.training.module import DeepStackModule
 from deepstack_pl.training.sharding import checkpoint_activations
-from deepstack_pl.training.split import PARTS, StepSplit, seconds_by_part
+from deepstack_pl.training.split import StepSplit
 
 FINETUNE = StageConfig(name="finetune", vision=FROZEN)
 ONLY_HEAD = StageConfig(name="llm", vision=FROZEN, projector=FROZEN)

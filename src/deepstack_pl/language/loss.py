@@ -35,6 +35,11 @@ def token_losses(
     if kind is Loss.full:
         return _cross_entropy(llm(**inputs).logits.flatten(0, 1)[learned_at], targets)
     hidden = llm.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)[learned_at]
+    return losses_after(llm, hidden, targets)
+
+
+def losses_after(llm: PreTrainedModel, hidden: Float[Tensor, "l d"], targets: Int[Tensor, " l"]) -> Float[Tensor, " l"]:
+    """The same, given the decoder's output at those positions."""
     size = max(1, AT_ONCE // int(llm.config.vocab_size))
     if len(hidden) <= size or not torch.is_grad_enabled():
         return torch.cat([_some(llm, *part) for part in _parts(hidden, targets, size)])
