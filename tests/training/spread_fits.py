@@ -6,6 +6,8 @@ python -m torch.distributed.run --nproc-per-node 2 spread_fits.py FOLDER '[{"nam
 import json
 import os
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,16 @@ from lightning.pytorch.callbacks import Callback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from small_run import FROZEN, SCRATCH, Pages, small_model, small_processor, small_trainer
+from small_run import FROZEN, LLM, SCRATCH, STACKED, Pages, small_model, small_processor, small_trainer
 
 from deepstack_pl import processes
 from deepstack_pl.batch import Record, Role, Turn
 from deepstack_pl.data.config import DataConfig
+from deepstack_pl.data.packing import in_one_row
+from deepstack_pl.language.config import Attention
 from deepstack_pl.multimodal.config import LoRAConfig
+from deepstack_pl.stacking.config import Host, InjectionConfig, ModelConfig, Newline, Operator, Order, Sequence, Source
+from deepstack_pl.training.compiling import compile_blocks
 from deepstack_pl.training.config import Checkpointing, OptimConfig, PartConfig, Spread, StageConfig, StrategyConfig
 from deepstack_pl.training.datamodule import DeepStackDataModule
 from deepstack_pl.training.guard import FirstStepGuard
@@ -38,6 +44,25 @@ STAGES = {
     "finetune": StageConfig(name="finetune", vision=FROZEN),
     "lora": StageConfig(
         name="lora", vision=FROZEN, llm=PartConfig(lr=1e-3, lora=LoRAConfig(rank=2, alpha=4.0, dropout=0.0))
+    ),
+}
+
+
+INTO_THE_TOWER = [InjectionConfig(host=Host.vit, group=k, layer=k) for k in range(4)]
+PLANS = {
+    "deepstack_l": STACKED,
+    "deepstack_v": ModelConfig(name="deepstack_v", host=Host.vit, start_layer=0),
+    "deepstack_lv": ModelConfig(name="deepstack_lv", start_layer=1, injections=INTO_THE_TOWER),
+    "qwen3_style": ModelConfig(name="qwen3_style", tiles=0, source=Source.tap, taps=[1, 2, 3], groups=3, start_layer=1),
+    "gated": ModelConfig(name="gated", start_layer=1, operator=Operator.gated_add),
+    "deepstack_l_hd": ModelConfig(
+        name="deepstack_l_hd",
+        detail=2,
+        sequence=Sequence.global_and_tiles,
+        order=Order.raster,
+        newline=Newline.rows_and_groups,
+        source=Source.detail,
+        start_layer=1,
     ),
 }
 
@@ -95,20 +120,26 @@ def one_fit(
     micro: int = 1,
     replicas: int | None = None,
     tied: bool = False,
+    plan: str = "deepstack_l",
+    attention: str = "sdpa",
+    compiled: bool = False,
 ) -> None:
     """Three steps; losses, gradients of the last and weights into ``folder/name.pt``."""
+    llm = replace(LLM, attention=Attention[attention])
     config = StrategyConfig(name=kind, kind=Spread[kind], checkpointing=Checkpointing[checkpointing], replicas=replicas)
     lightning.seed_everything(0, verbose=False)
     world, first, chosen = processes.world(), processes.rank() == 0, STAGES[stage]
     device = "cpu" if first or not shares_weights(config) else "meta"
     module = ByGradient(
-        lambda: small_model(device=device, lora=adapters_of(chosen), tied=tied),
+        lambda: small_model(PLANS[plan], llm, device, adapters_of(chosen), tied),
         chosen,
         OptimConfig(name="sgd", clip_norm=1.0),
         STEPS,
     )
     module.configure_model()
     checkpoint_activations(module.network, config.checkpointing)
+    if compiled:
+        compile_blocks(module.network, backend="aot_eager")
     if shares_weights(config):
         shard(module.network, config, precision, torch.device("cpu"))
     values = DataConfig(name="x", batch_size=BATCH, micro_batch_size=micro, workers=0)
@@ -124,7 +155,10 @@ def one_fit(
         accumulate_grad_batches=values.accumulation(world),
         use_distributed_sampler=False,
     )
-    trainer.fit(module, datamodule=DeepStackDataModule(Mixed(24), Pages(4), small_processor(), values, 0, STEPS))
+    processor = small_processor(PLANS[plan])
+    collate = partial(in_one_row, processor.collate) if attention == "varlen" else processor.collate
+    data = DeepStackDataModule(Mixed(24), Pages(4), processor, values, 0, STEPS, collate=collate)
+    trainer.fit(module, datamodule=data)
     weights = gathered(module.network)
     if first:
         found = {"losses": losses.seen, "gradients": module.gradients, "weights": dict(weights)}

@@ -18,11 +18,21 @@ MODES = ("none", "selective", "full")
 EXACT = [{"kind": kind, "checkpointing": mode} for kind in ("ddp", "fsdp") for mode in MODES]
 EXACT += [{"kind": "fsdp_hybrid", "replicas": 2}, {"kind": "fsdp", "tied": True}, {"kind": "fsdp", "micro": 4}]
 EXACT += [{"kind": kind, "stage": stage} for kind in ("ddp", "fsdp") for stage in ("pretrain", "finetune", "lora")]
+PLANS = ("deepstack_v", "deepstack_lv", "qwen3_style", "gated", "deepstack_l_hd")
+EXACT += [{"kind": "fsdp", "checkpointing": "full", "plan": plan} for plan in PLANS]
+EXACT += [{"kind": "ddp", "plan": "deepstack_lv"}, {"kind": "fsdp", "plan": "deepstack_v", "stage": "lora"}]
+EXACT += [{"kind": "fsdp", "attention": "varlen", "micro": 2, "checkpointing": mode} for mode in ("none", "full")]
+EXACT += [{"kind": kind, "compiled": True} for kind in ("ddp", "fsdp")]
 BFLOAT = [{"kind": "fsdp", "precision": "bf16-mixed", "checkpointing": mode} for mode in MODES]
 
 
 def name_of(how: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in how.items())
+
+
+def key_of(how: dict[str, Any]) -> tuple[str, bool, str]:
+    """What is learned, however it is spread."""
+    return how.get("stage", "scratch"), how.get("tied", False), how.get("plan", "deepstack_l")
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +51,12 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The same in one process, by stage and tied head."""
+    """The same in one process, by stage, tied head and plan."""
     folder, found = tmp_path_factory.mktemp("alone"), {}
-    for stage, tied in (
-        ("scratch", False),
-        ("scratch", True),
-        ("pretrain", False),
-        ("finetune", False),
-        ("lora", False),
-    ):
-        one_fit(folder, "one", stage=stage, tied=tied)
-        found[stage, tied] = torch.load(folder / "one.pt", weights_only=True)
+    for key in sorted({key_of(how) for how in EXACT}):
+        stage, tied, plan = key
+        one_fit(folder, "one", stage=stage, tied=tied, plan=plan)
+        found[key] = torch.load(folder / "one.pt", weights_only=True)
     return found
 
 
@@ -62,7 +67,7 @@ def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> floa
 
 @pytest.mark.parametrize("how", EXACT, ids=name_of)
 def test_two_processes_learn_what_one_learns(how: dict[str, Any], together: Path, alone: dict[str, Any]) -> None:
-    one = alone[how.get("stage", "scratch"), how.get("tied", False)]
+    one = alone[key_of(how)]
     two = torch.load(together / f"{name_of(how)}.pt", weights_only=True)
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert one["losses"][-1] != pytest.approx(one["losses"][0], abs=1e-3), "nothing was learned: nothing is shown"
@@ -72,7 +77,7 @@ def test_two_processes_learn_what_one_learns(how: dict[str, Any], together: Path
 
 @pytest.mark.parametrize("how", BFLOAT, ids=name_of)
 def test_bfloat16_under_shares_stays_near_float32(how: dict[str, Any], together: Path, alone: dict[str, Any]) -> None:
-    one, two = alone["scratch", False], torch.load(together / f"{name_of(how)}.pt", weights_only=True)
+    one, two = alone[key_of({})], torch.load(together / f"{name_of(how)}.pt", weights_only=True)
     assert two["losses"] == pytest.approx(one["losses"], abs=0.05)
     assert 0 < differ(one["weights"], two["weights"]) < 0.05
     plain = torch.load(together / f"{name_of(BFLOAT[0])}.pt", weights_only=True)
