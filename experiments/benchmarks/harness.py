@@ -32,15 +32,18 @@ def arguments(doc: str, repetitions: int) -> argparse.Namespace:
 
 
 def in_turns(
-    candidates: Mapping[str, Callable[[], Any]], repetitions: int, clock: Callable[[], float] = time.perf_counter
+    candidates: Mapping[str, Callable[[], Any]],
+    repetitions: int,
+    clock: Callable[[], float] = time.perf_counter,
+    warm_up: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of every repetition of each candidate; a first turn warms up and is not counted.
+    """Seconds of every repetition of each candidate; ``warm_up`` turns before are not counted.
 
     ``clock``: `time.process_time` where one thread computes, which leaves out what else the machine does.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
-    for turn in range(-1, repetitions):
+    for turn in range(-warm_up, repetitions):
         for name in names if turn % 2 else names[::-1]:  # who is first changes
             gc.collect()
             start = clock()

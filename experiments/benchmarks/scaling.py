@@ -84,7 +84,7 @@ def main() -> None:
         rows = [[n, f"{statistics.median(own):.3f}", ratio(own, first)] for n, own in times.items()]
         parts.append(f"## {SAID[axis]}\n\n" + markdown([axis, "median s", f"times that of {values[0]}"], rows))
         raw[axis] = times
-    speeds = processes(4 if args.quick else 40, args.repetitions)
+    speeds = processes(4 if args.quick else 25, args.repetitions)
     one = speeds["1 process"]
     rows = [[n, f"{statistics.median(own):,.0f}", ratio(own, one)] for n, own in speeds.items()]
     parts.append("## Processes\n\n" + markdown(["", "tokens/s", "times one process's"], rows))

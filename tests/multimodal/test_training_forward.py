@@ -3,6 +3,7 @@
 The oracle is each sample by itself, through the model's own logits.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from tiny import IMAGE_TOKEN, MIXED, PLANS, picture, samples, tiny_llm, tiny_mod
 from torch import Tensor
 
 from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch, PadSide, Sample, collate
-from deepstack_pl.language import loss
+from deepstack_pl.language import loss, varlen
 from deepstack_pl.language.config import Attention, Loss
 from deepstack_pl.language.loss import logits_of
 from deepstack_pl.multimodal.build import build_model
@@ -249,3 +250,88 @@ def test_a_batch_knows_where_its_segments_lie() -> None:
     assert batch.learned_at.tolist() == learned
     assert torch.equal(batch.targets, batch.labels.flatten()[batch.learned_at + 1])
     assert len(learned) == 2 + 1 + 3 + 0
+
+
+class TestTorchsKernel:
+    """What is handed to it, by a stand-in of each version's signature that computes one segment after another."""
+
+    @staticmethod
+    def of_2_10(
+        q: Tensor, k: Tensor, v: Tensor, at: Tensor, _: Tensor, most: int, __: int, is_causal: bool = False
+    ) -> Any:
+        assert is_causal
+        return attended(q, k, v, at, None, (-1, 0), most)
+
+    @staticmethod
+    def of_2_11(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        at: Tensor,
+        _: Tensor,
+        most: int,
+        __: int,
+        *,
+        scale: Any = None,
+        window_size: Any = (-1, -1),
+    ) -> Any:
+        return attended(q, k, v, at, scale, window_size, most)
+
+    @staticmethod
+    def of_2_12(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        at: Tensor,
+        _: Tensor,
+        most: int,
+        __: int,
+        *,
+        scale: Any = None,
+        window_size: Any = (-1, -1),
+        enable_gqa: bool = False,
+    ) -> Any:
+        assert enable_gqa == (k.shape[1] < q.shape[1])
+        return attended(
+            q,
+            k.repeat_interleave(q.shape[1] // k.shape[1], 1),
+            v.repeat_interleave(q.shape[1] // k.shape[1], 1),
+            at,
+            scale,
+            window_size,
+            most,
+        )
+
+    @pytest.mark.parametrize("version", ["of_2_10", "of_2_11", "of_2_12"])
+    @pytest.mark.parametrize("heads", [2, 4])
+    @pytest.mark.parametrize("window", [None, 3])
+    def test_it_is_given_what_it_takes(
+        self, version: str, heads: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        kernel = getattr(self, version)
+        monkeypatch.setattr(varlen, "varlen_attn", kernel)
+        monkeypatch.setattr(varlen, "_TAKES", inspect.signature(kernel).parameters)
+        states = [torch.randn(1, each, 11, 8) for each in (4, heads, heads)]
+        at = torch.tensor([0, 2, 7, 11], dtype=torch.int32)
+        expected = varlen._each(*states, at, 0.7, window)[0]
+        flat = [each[0].transpose(0, 1) for each in states]
+        if version == "of_2_10" and window:
+            with pytest.raises(ValueError, match=r"sees 3 positions back, .* from 2\.11 on"):
+                varlen._kernel(*flat, at, 5, 0.7, window)
+            return
+        torch.testing.assert_close(varlen._kernel(*flat, at, 5, 0.7, window), expected, atol=1e-5, rtol=1e-5)
+
+
+def attended(
+    q: Tensor, k: Tensor, v: Tensor, at: Tensor, scale: float | None, window: tuple[int, int], most: int
+) -> Tensor:
+    """Attention of each segment by its definition; ``window`` positions back and ahead, -1 for all."""
+    assert window[1] == 0, "nothing ahead is seen"
+    assert int(at.diff().max()) == most
+    assert q.shape[1] == k.shape[1]
+    place = torch.arange(len(q))
+    owner = torch.bucketize(place, at.long(), right=True)
+    back = place[:, None] - place
+    seen = (owner[:, None] == owner) & (back >= 0) & ((back <= window[0]) | (window[0] < 0))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)

@@ -30,6 +30,7 @@ from deepstack_pl.stacking.config import Host, InjectionConfig, ModelConfig, New
 from deepstack_pl.training.compiling import compile_blocks
 from deepstack_pl.training.config import Checkpointing, OptimConfig, PartConfig, Spread, StageConfig, StrategyConfig
 from deepstack_pl.training.datamodule import DeepStackDataModule
+from deepstack_pl.training.flops import FlopsCounter
 from deepstack_pl.training.guard import FirstStepGuard
 from deepstack_pl.training.interrupt import GracefulStop
 from deepstack_pl.training.module import DeepStackModule
@@ -161,7 +162,9 @@ def one_fit(
     trainer.fit(module, datamodule=data)
     weights = gathered(module.network)
     if first:
+        counter = FlopsCounter(module.network)  # of matrices of which a share lies here
         found = {"losses": losses.seen, "gradients": module.gradients, "weights": dict(weights)}
+        found["flops"] = [times for times, _ in counter._layers] + [counter._head]
         torch.save(found, folder / f"{name}.pt")
 
 

@@ -73,6 +73,7 @@ def test_two_processes_learn_what_one_learns(how: dict[str, Any], together: Path
     assert one["losses"][-1] != pytest.approx(one["losses"][0], abs=1e-3), "nothing was learned: nothing is shown"
     assert differ(one["gradients"], two["gradients"]) < 1e-5
     assert differ(one["weights"], two["weights"]) < 1e-5
+    assert one["flops"] == two["flops"], "work is counted by whole matrices"
 
 
 @pytest.mark.parametrize("how", BFLOAT, ids=name_of)

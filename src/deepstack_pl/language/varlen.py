@@ -6,6 +6,7 @@ them, but only where there is no other mask and no cache: with either, segments 
 Axes: ``b t`` positions, ``h`` heads, ``k`` heads of keys and values, ``d`` width of a head.
 """
 
+import inspect
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,9 @@ from deepstack_pl.language.config import Attention
 
 # Kernels that are told where segments begin, and compute nothing between segments, nor for padding.
 BY_BOUNDARIES = (Attention.varlen, Attention.flash_attention_2)
+
+
+_TAKES = inspect.signature(varlen_attn).parameters
 
 
 def segment_arguments(
@@ -80,19 +84,38 @@ def varlen_attention(
             "llm.attention=sdpa."
         )
     flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
-    joined: Any = varlen_attn(
-        flat[0],
-        flat[1],
-        flat[2],
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    joined = _kernel(flat[0], flat[1], flat[2], cu_seq_lens_q, max_length_q, scaling, sliding_window)
     return joined.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def _kernel(
+    query: Float[Tensor, "t h d"],
+    key: Float[Tensor, "t k d"],
+    value: Float[Tensor, "t k d"],
+    boundaries: Int[Tensor, " ends"],
+    longest: int,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Float[Tensor, "t h d"]:
+    """torch's own, which has taken a scale and a window since 2.11, and shared heads since 2.12."""
+    more: dict[str, Any] = {}
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1 and "enable_gqa" in _TAKES:
+        more["enable_gqa"] = True
+    elif shared > 1:
+        key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    if "window_size" in _TAKES:
+        more |= {"scale": scaling, "window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
+    elif sliding_window is not None and longest > sliding_window:
+        raise ValueError(
+            f"llm.attention=varlen: this LLM sees {sliding_window} positions back, which torch's kernel does from 2.11 "
+            f"on, and this is torch {torch.__version__}. Say llm.attention=sdpa."
+        )
+    else:
+        more["is_causal"] = True
+        query = query if scaling is None else query * (scaling * query.shape[-1] ** 0.5)
+    joined: Any = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **more)
+    return joined
 
 
 @torch.compiler.disable  # as many calls as there are segments; compile=true is refused where this would run
