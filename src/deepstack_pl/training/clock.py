@@ -6,7 +6,6 @@ what it records.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -114,7 +113,7 @@ def seconds_by_part(marks: list[tuple[str, Any]], waited: float) -> dict[str, fl
     """
     if marks and isinstance(marks[-1][1], torch.cuda.Event):
         marks[-1][1].synchronize()
-    spent = Counter[str](dict.fromkeys(PARTS, 0.0))
+    spent = dict.fromkeys(PARTS, 0.0)
     before, backward = None, "loss"
     for name, at in marks:
         if name == "start":
@@ -125,4 +124,4 @@ def seconds_by_part(marks: list[tuple[str, Any]], waited: float) -> dict[str, fl
         part = backward if name == "backward" else _DONE[name]
         spent[part] += before.elapsed_time(at) / 1000 if isinstance(at, torch.cuda.Event) else at - before
         before = at
-    return dict(spent) | {"data": waited}
+    return spent | {"data": waited}

@@ -5,7 +5,6 @@ Lightning's ThroughputMonitor knows no waiting for data and no padding, counts w
 """
 
 import time
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,9 @@ from deepstack_pl.processes import from_all, several, world
 from deepstack_pl.training.flops import FlopsCounter, peak_of
 from deepstack_pl.training.loader import TimedLoader
 from deepstack_pl.training.module import DeepStackModule
+
+
+_COUNTED = ("tokens", "supervised", "samples", "positions", "flops", "seconds", "waited")
 
 
 class Throughput(lightning.Callback):
@@ -105,7 +107,7 @@ class Throughput(lightning.Callback):
         self._next_window()
 
     def _next_window(self) -> None:
-        self._window = Counter[str]()
+        self._window = dict.fromkeys(_COUNTED, 0.0)
         self._steps = 0
 
     def _newly_waited(self, trainer: lightning.Trainer) -> float:
@@ -117,7 +119,7 @@ class Throughput(lightning.Callback):
 
     def _report(self, trainer: lightning.Trainer, module: lightning.LightningModule, device: torch.device) -> None:
         every = from_all(self._window)
-        sums = sum(every, Counter[str]())
+        sums = {name: sum(each[name] for each in every) for name in _COUNTED}
         total = max(each["seconds"] + each["waited"] for each in every)
         peak = peak_of(device, self.half)
         each = {
