@@ -18,7 +18,6 @@ from deepstack_pl.training.flops import FlopsCounter, peak_of
 from deepstack_pl.training.loader import TimedLoader
 from deepstack_pl.training.module import DeepStackModule
 
-
 _COUNTED = ("tokens", "supervised", "samples", "positions", "flops", "seconds", "waited")
 
 
