@@ -113,7 +113,7 @@ def seconds_by_part(marks: list[tuple[str, Any]], waited: float) -> dict[str, fl
     """
     if marks and isinstance(marks[-1][1], torch.cuda.Event):
         marks[-1][1].synchronize()
-    spent = dict.fromkeys(PARTS, 0.0)
+    spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     before, backward = None, "loss"
     for name, at in marks:
         if name == "start":
