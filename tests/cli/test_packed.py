@@ -50,7 +50,7 @@ def test_samples_side_by_side_learn_what_padded_rows_learn(tmp_path: Path) -> No
     close(tmp_path / "sdpa", tmp_path / "varlen", 1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+@pytest.mark.parametrize("kernel", ["varlen", pytest.param("sdpa", marks=pytest.mark.slow)])
 def test_a_packed_run_goes_on_bit_for_bit(tmp_path: Path, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = (*PACKED, f"llm.attention={kernel}", "trainer.max_steps=4", "callbacks.checkpoint.every_steps=2")
     start(*words, folder=tmp_path / "whole")

@@ -65,7 +65,15 @@ def compiled(plan: ModelConfig = STACKED, how: Checkpointing = Checkpointing.non
     return model
 
 
-@pytest.mark.parametrize("how", Checkpointing, ids=lambda how: how.name)
+@pytest.mark.parametrize(
+    "how",
+    [
+        Checkpointing.full,
+        pytest.param(Checkpointing.none, marks=pytest.mark.slow),
+        pytest.param(Checkpointing.selective, marks=pytest.mark.slow),
+    ],
+    ids=lambda how: how.name,
+)
 @pytest.mark.parametrize("plan", [STACKED, IN_THE_TOWER], ids=lambda plan: plan.name)
 def test_compiled_blocks_give_the_same_losses_and_gradients(plan: ModelConfig, how: Checkpointing) -> None:
     plain, model = small_model(plan).train(), compiled(plan, how)
@@ -76,6 +84,7 @@ def test_compiled_blocks_give_the_same_losses_and_gradients(plan: ModelConfig, h
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["rows of one", "packed"])
 def test_a_mixed_stream_compiles_a_handful_of_graphs_and_then_no_more(packed: bool) -> None:
     """One row or several, masked or not, images or none; every length and number of views shares a graph."""
