@@ -121,14 +121,17 @@ def test_a_signal_while_processes_are_started_reaches_them_all_once(
 def test_a_process_that_is_stopped_in_its_first_second_has_no_traceback(
     number: int, status: int, tmp_path: Path
 ) -> None:
+    def stopped_before_it_begins() -> None:
+        launch._before_it_begins()
+        os.kill(os.getpid(), number)
+
     process = subprocess.Popen(
         [sys.executable, "-m", "deepstack_pl.cli.worker", str(tmp_path)],
         env={**os.environ, "RANK": "1"},
-        preexec_fn=launch._before_it_begins,
+        preexec_fn=stopped_before_it_begins,
         stderr=subprocess.PIPE,
         text=True,
     )
-    process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (status, "")
 

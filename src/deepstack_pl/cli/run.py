@@ -39,17 +39,8 @@ from deepstack_pl.training.restore import read_plain
 from deepstack_pl.training.sharding import gathered
 
 # What a resume keeps of the results on disk: the rest is said anew, by what runs now.
-_KEPT = (
-    "metrics",
-    "seconds",
-    "tokens_per_second",
-    "speed",
-    "init_digest",
-    "architecture_digest",
-    "init_from",
-    "arm",
-    "starts",
-)
+_KEPT = ("metrics", "seconds", "tokens_per_second", "speed")
+_KEPT += ("init_digest", "architecture_digest", "init_from", "arm", "starts")
 
 
 def execute(
