@@ -80,7 +80,9 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("attention", HERE, ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("phi3", "gemma3_1b") else pytest.mark.slow) for n in FAMILIES]
+)
 def test_losses_of_samples_side_by_side_are_those_of_each_alone(name: str, attention: Attention, layout: str) -> None:
     model, plain = host(name, attention=attention), host(name)
     each = learning_the_end(samples(model))

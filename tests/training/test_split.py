@@ -70,6 +70,7 @@ class Slow(lightning.Callback):
             time.sleep(0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "stage", "least"),
     [
