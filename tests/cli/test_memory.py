@@ -15,7 +15,7 @@ from deepstack_pl.cli.assemble import model_builder
 from deepstack_pl.cli.run import execute
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
-from deepstack_pl.training.memory import BACKWARD, StepMemory, Unpredictable, measure, predict
+from deepstack_pl.training.memory import BACKWARD, LOSS, StepMemory, Unpredictable, measure, predict
 from deepstack_pl.training.parts import apply_stage, optimizer_groups
 
 SHORT = ("llm.max_length=96", "data.batch_size=4", "data.micro_batch_size=4", "llm.architecture.num_hidden_layers=5")
@@ -143,6 +143,19 @@ def test_autocast_keeps_half_precision_copies_of_weights_and_true_halves_all() -
     assert mixed.peak["llm"] > full.weights["llm"] / 2
     assert [2 * size for size in half.optimiser.values()] == list(full.optimiser.values())
     assert half.peak["llm"] < mixed.peak["llm"] - full.weights["llm"] / 3
+
+
+def test_logits_that_are_made_again_belong_to_the_backward_pass() -> None:
+    """Two thousand learned tokens are more logits than are held at once."""
+    chunks = (
+        "llm.architecture.vocab_size=32000",
+        "llm.max_length=1024",
+        "data.batch_size=2",
+        "data.micro_batch_size=2",
+    )
+    peak = predicted(run_of("llm.architecture.num_hidden_layers=5", *chunks)).peak
+    assert 0 < peak[LOSS] < 2.5 * 4 * 2**24 + 2 * 1024 * 32000
+    assert peak[BACKWARD] > 0
 
 
 def test_where_adamw_steps_counts_only_where_it_is_more() -> None:

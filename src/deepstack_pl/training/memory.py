@@ -210,7 +210,8 @@ class _Meter(TorchDispatchMode):
                 hook.remove()
 
     def _enter_loss(self, *_: Any) -> None:
-        self.places[-1] = LOSS
+        if self.places[-1] != BACKWARD:  # where chunks of logits are made again
+            self.places[-1] = LOSS
 
     def _leave(self, *_: Any) -> None:
         self.places.pop()
