@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 several_processes.py FOLDER '[{"name": "whole", "unt
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,6 @@ def _environment(name: str, default: str) -> str:
 if __name__ == "__main__":
     for phase in json.loads(sys.argv[2]):
         one_fit(Path(sys.argv[1]), **phase)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as a run's processes end: Python's own taking apart aborts one now and then

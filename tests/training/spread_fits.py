@@ -176,3 +176,6 @@ if __name__ == "__main__":
         one_fit(Path(sys.argv[1]), **phase)
     if processes.several():
         torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as a run's processes end: Python's own taking apart aborts one now and then
