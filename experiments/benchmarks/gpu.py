@@ -65,6 +65,7 @@ class _StandIns(MetaPathFinder, Loader):
 MISSING = [library for library in ("open_clip", "timm", "peft") if importlib.util.find_spec(library) is None]
 sys.meta_path.insert(0, _StandIns(MISSING))
 
+# Below the stand-ins: these import what may be missing.
 from deepstack_pl.batch import PadSide, Sample, collate  # noqa: E402
 from deepstack_pl.language.config import Attention, LLMConfig  # noqa: E402
 from deepstack_pl.multimodal.build import build_model, parts  # noqa: E402

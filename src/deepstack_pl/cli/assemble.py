@@ -230,7 +230,7 @@ def open_data(run: RunConfig) -> tuple[Source | PipelineSource, Source]:
 
 
 def machines(run: RunConfig, folder: Path) -> list[Callback]:
-    """The callbacks of conf; a checkpoint is told where."""
+    """The callbacks of conf, with what only the run knows: where checkpoints lie, what is computed in."""
     facts = {"config": digest_of(run), "versions": versions()}
     precision = str(run.trainer.get("precision") or "32-true")
     where = {

@@ -61,7 +61,7 @@ class StepSplit(lightning.Callback):
         if not self._clock.watching:
             return
         self._clock.mark("end")
-        if trainer.fit_loop._should_accumulate():
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         mine, self._waited = self._clock.read(self._waited), 0.0
         every = from_all(mine)
