@@ -122,6 +122,7 @@ def test_a_process_that_is_stopped_in_its_first_second_has_no_traceback(
     number: int, status: int, tmp_path: Path
 ) -> None:
     def stopped_before_it_begins() -> None:
+        signal.signal(number, signal.SIG_DFL)  # a shell has its background jobs ignore SIGINT
         launch._before_it_begins()
         os.kill(os.getpid(), number)
 

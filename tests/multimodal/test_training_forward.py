@@ -3,7 +3,9 @@
 The oracle is each sample by itself, through the model's own logits.
 """
 
+import gc
 import inspect
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -157,6 +159,20 @@ def test_logits_of_the_decoders_output_are_the_models_own(name: str) -> None:
         logits = model(**batch.model_inputs(), use_cache=False).logits
         again = logits_of(model.language_model, hidden[0].flatten(0, 1))
     assert torch.equal(again, logits.flatten(0, 1))
+
+
+def test_the_decoders_output_is_let_go_as_soon_as_its_logits_are_there() -> None:
+    """A reference cycle kept every chunk of it until Python looked for cycles: memory that nothing predicted."""
+    model = tiny_model(PLANS["deepstack_l"])
+    hidden = torch.randn(3, model.language_model.config.hidden_size)
+    its = weakref.ref(hidden)
+    gc.disable()
+    try:
+        logits_of(model.language_model, hidden)
+        del hidden
+        assert its() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["granite", "hyperclovax"])

@@ -128,13 +128,18 @@ class _Run:
                 self.console.print(line, markup=False, highlight=False, soft_wrap=True)
             self.start, self.checkpoint = found.step, found.folder
             self.work.datamodule.require_same(read_plain(found)[type(self.work.datamodule).__name__])
-        self.results = from_first(self._begin() if self.first else {})
+        self.results: dict[str, Any] = {}
         try:
+            if self.first:
+                self._begin()
+            self.results = from_first(self.results)
             self._spread()
             self._fit()
             if not self.work.stop.preempted:
                 self._evaluate()
         except BaseException as error:
+            if not self.results:  # nothing is on disk that says it runs
+                raise
             stopped = isinstance(error, KeyboardInterrupt | SystemExit)
             by = "by Ctrl-C" if isinstance(error, KeyboardInterrupt) else "because the machine was wanted"
             reason = f"stopped at once {by}" if stopped else f"{type(error).__name__}: {error}"
@@ -173,7 +178,7 @@ class _Run:
         """Lightning counts from 0 until it has read the checkpoint."""
         return max(self.work.trainer.global_step, self.start)
 
-    def _begin(self) -> dict[str, Any]:
+    def _begin(self) -> None:
         started = describe(self.run, self.work)
         if self.resumed is None:
             claim(self.folder)
@@ -195,9 +200,9 @@ class _Run:
         started["starts"] = [*started.get("starts", []), began]
         started.setdefault("arm", self.arm)
         save(self.run, self.folder / CONFIG)
+        self.results = started
         write_results(self.folder, started)
         remember(self.folder)
-        return started
 
     def _spread(self) -> None:
         """The receipt, taken here, so that it is on disk and on the terminal before anything can fail on it; then what

@@ -70,13 +70,12 @@ class _AfterDecoder:
     """An LLM whose decoder has run already: what its ``forward`` takes for itself."""
 
     def __init__(self, llm: PreTrainedModel, hidden: Float[Tensor, "l d"]) -> None:
-        self._llm, self._hidden = llm, hidden
-        decoder = llm.get_decoder()
-        (name,) = (name for name, module in llm.named_children() if module is decoder)
-        setattr(self, name, self._decoded)
+        def decoded(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+            return BaseModelOutputWithPast(last_hidden_state=hidden[None])  # pyright: ignore[reportArgumentType]
 
-    def _decoded(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self._hidden[None])  # pyright: ignore[reportArgumentType]
+        self._llm, decoder = llm, llm.get_decoder()
+        (name,) = (name for name, module in llm.named_children() if module is decoder)
+        setattr(self, name, decoded)  # no method: a cycle would keep the hidden states until Python looks for cycles
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
