@@ -100,6 +100,9 @@ ARMS = {
         replace(L, groups=0, sequence=Sequence.channels, grid=GridRule.square), before={"dealing": Dealing.tiles}
     ),
     # What they leave untried
+    "scattered": Arm(replace(L, dealing=Dealing.scattered), before={"dealing": Dealing.strided_2d}),
+    "noise": Arm(replace(L, operator=Operator.noise), before={"operator": Operator.add}),
+    "noise_in_the_tower": Arm(replace(V, operator=Operator.noise), before={"operator": Operator.add}),
     "channels_of_small_grids": Arm(
         replace(L, groups=0, sequence=Sequence.channels), before={"dealing": Dealing.strided_1d}
     ),

@@ -5,7 +5,7 @@ two-dimensional slices of a mosaic, and a loop over a Llama's layers. It is the 
 """
 
 from dataclasses import dataclass, field
-from math import ceil, isqrt
+from math import ceil, isqrt, pi, sin
 
 import numpy as np
 import torch
@@ -130,7 +130,12 @@ def deal_slowly(tiles: list[Tensor], grid: Grid, dealing: Dealing) -> list[Tenso
     mosaic = mosaic_of([square(tile) for tile in tiles], grid)
     if dealing is Dealing.strided_2d:
         return [mosaic[i::rows, j::columns].flatten(0, 1) for i in range(rows) for j in range(columns)]
-    return [mosaic.flatten(0, 1)[k :: rows * columns] for k in range(rows * columns)]
+    in_order = mosaic.flatten(0, 1)
+    if dealing is Dealing.scattered:
+        anywhere = torch.randperm(len(in_order), generator=torch.Generator().manual_seed(0)).tolist()
+        every = torch.stack([in_order[place] for place in anywhere])
+        return list(every.chunk(rows * columns))
+    return [in_order[k :: rows * columns] for k in range(rows * columns)]
 
 
 def embed_slowly(model: DeepStackForConditionalGeneration, pixels: Tensor) -> Tensor:
@@ -160,7 +165,7 @@ def tower_slowly(model: DeepStackForConditionalGeneration, pixels: Seen) -> Seen
             groups[Source.global_view, 0] = states[0][1:]
         for injection in at.get(layer, ()):
             if injection.dealt in groups:
-                added = scale_of(model, injection) * groups[injection.dealt]
+                added = added_by(model, injection, groups[injection.dealt])
                 states[0] = torch.cat([states[0][:1], states[0][1:] + added])
         tapped[layer] = states
         if layer < plan.vit_layers:
@@ -281,11 +286,15 @@ def group_slowly(model: DeepStackForConditionalGeneration, features: Seen, dealt
 # The whole model
 
 
-def scale_of(model: DeepStackForConditionalGeneration, injection: Injection) -> Tensor | int:
-    if injection.operator is not Operator.gated_add:
-        return 1
+def added_by(model: DeepStackForConditionalGeneration, injection: Injection, tokens: Tensor) -> Tensor:
+    """What ``injection`` adds of the tokens [n, d] of its group."""
+    if injection.operator is Operator.add:
+        return tokens
+    if injection.operator is Operator.noise:
+        chirp = torch.tensor([sin(2 * pi * (40503 * place**2 % 65537) / 65537) for place in range(tokens.shape[1])])
+        return torch.stack([token.norm() * chirp / chirp.norm() for token in tokens])
     gated = [i for i in model.plan.injections if i.host is injection.host and i.operator is Operator.gated_add]
-    return model.gates[injection.host.value].tanh()[gated.index(injection)]
+    return model.gates[injection.host.value].tanh()[gated.index(injection)] * tokens
 
 
 def forward_slowly(
@@ -320,7 +329,7 @@ def forward_slowly(
                 if injection.dealt in groups:
                     group = groups[injection.dealt][: max(length - start, 0)]
                     stop = start + len(group)
-                    added = hidden[start:stop] + scale_of(model, injection) * group
+                    added = hidden[start:stop] + added_by(model, injection, group)
                     hidden = torch.cat([hidden[:start], added, hidden[stop:]])
         if layer_inputs is not None:
             layer_inputs.append(hidden)

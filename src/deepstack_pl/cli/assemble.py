@@ -66,6 +66,7 @@ class Assembly:
     module: DeepStackModule
     datamodule: DeepStackDataModule
     trainer: lightning.Trainer
+    generation: GenerationCallback
     inspection: InspectionCallback
     stop: GracefulStop
 
@@ -217,6 +218,7 @@ def assemble(run: RunConfig, folder: Path, *, fresh: bool = True) -> Assembly:
             collate=collate_of(run, processor),
         ),
         trainer=build_trainer(run, folder, callbacks, loggers),
+        generation=generation,
         inspection=inspection,
         stop=stop,
     )

@@ -23,6 +23,8 @@ def describe(run: RunConfig, work: Assembly) -> dict[str, Any]:
         "parameters": {"total": parts.parameters, "trained": parts.trained, "by_part": parts.to_dict()["parts"]},
         "steps": 0,
         "seconds": {"train": 0.0, "fit": 0.0, "evaluate": 0.0},
+        "curve": [],
+        "flops": 0.0,
         "tokens_per_second": None,
         "speed": {},
         "seed": run.seed,

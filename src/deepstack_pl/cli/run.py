@@ -1,16 +1,14 @@
 """One run, from a RunConfig to a report: plan, receipt, training, weights, evaluation."""
 
-import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deepstack_pl import processes
 from deepstack_pl.cli import checks, provenance
@@ -24,7 +22,7 @@ from deepstack_pl.cli.memory import print_memory
 from deepstack_pl.cli.report import print_report, write_results
 from deepstack_pl.cli.resume import Resumed, whole
 from deepstack_pl.cli.spread import spread
-from deepstack_pl.cli.surroundings import be_quiet, share_cores
+from deepstack_pl.cli.surroundings import bar_on, be_quiet, share_cores
 from deepstack_pl.cli.trial import one_step
 from deepstack_pl.config.load import save
 from deepstack_pl.config.run import DryRun, RunConfig
@@ -39,7 +37,7 @@ from deepstack_pl.training.restore import read_plain
 from deepstack_pl.training.sharding import gathered
 
 # What a resume keeps of the results on disk: the rest is said anew, by what runs now.
-_KEPT = ("metrics", "seconds", "tokens_per_second", "speed")
+_KEPT = ("metrics", "curve", "seconds", "flops", "tokens_per_second", "speed")
 _KEPT += ("init_digest", "architecture_digest", "init_from", "arm", "starts")
 
 
@@ -243,9 +241,12 @@ class _Run:
         seconds, throughput = self.results["seconds"], self.work.throughput
         seconds["fit"] = seconds.get("fit", 0.0) + took
         self.results["speed"] |= self.work.speed
+        before = [point for point in self.results["curve"] if point["step"] <= self.start]
+        self.results["curve"] = before + self.work.generation.history
         if throughput is None:
             seconds["train"] += took
             return
+        self.results["flops"] += throughput.flops_overall
         before, now, speed = seconds["train"], throughput.seconds_training, throughput.tokens_per_second_overall
         if speed is not None:
             tokens = before * (self.results["tokens_per_second"] or 0.0) + now * speed
@@ -255,7 +256,7 @@ class _Run:
     def _evaluate(self) -> None:
         start, config = time.perf_counter(), self.run.evaluation
         network = self.work.module.to(self.work.trainer.strategy.root_device).network
-        with _bar(self.console) as progress:
+        with bar_on(self.console) as progress:
             found = evaluate(network, self.work.processor, self.work.val, config, config.final_samples, progress)
         peaks = from_all(self.memory.peaks())
         if not self.first:
@@ -285,14 +286,3 @@ class _Run:
             highlight=False,
             soft_wrap=True,
         )
-
-
-@contextlib.contextmanager
-def _bar(console: Console) -> Iterator[Progress | None]:
-    """A bar where somebody watches."""
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        yield progress

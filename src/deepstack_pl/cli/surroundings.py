@@ -1,10 +1,14 @@
-"""What a run finds around it: cores to share, and libraries that talk."""
+"""What a run finds around it: cores to share, libraries that talk, and somebody who watches, or nobody."""
 
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils.logging import disable_progress_bar
 
 from deepstack_pl.config.run import RunConfig
@@ -36,3 +40,14 @@ def be_quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for text in _KNOWN:
         warnings.filterwarnings("ignore", message=text)
+
+
+@contextmanager
+def bar_on(console: Console) -> Iterator[Progress | None]:
+    """A bar where somebody watches."""
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        yield progress

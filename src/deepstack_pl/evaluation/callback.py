@@ -29,6 +29,7 @@ class GenerationCallback(lightning.Callback):
     Attributes:
         last_step: the step of the newest validation; -1 before the first.
         last_results: what it found.
+        history: each validation's step and, by kind, its accuracy: a learning curve.
         not_asked: of the samples that evaluation looks at, why some cannot be asked.
         pages: a few of its samples, of every kind, for pictures: what was asked, and what came.
     """
@@ -44,6 +45,7 @@ class GenerationCallback(lightning.Callback):
         self.pages_per_kind = pages_per_kind
         self.last_step = -1
         self.last_results: Results | None = None
+        self.history: list[dict[str, float]] = []
         self.not_asked: list[str] = []
         self.pages: list[tuple[Record, SampleResult]] = []
 
@@ -71,9 +73,11 @@ class GenerationCallback(lightning.Callback):
         self.last_step = step
         results = evaluate(network_of(pl_module), self.processor, self.source, self.config, self.config.samples)
         self.keep(results)
+        accuracy = {kind: values["accuracy"] for kind, values in results.metrics.items()}
+        self.history.append({"step": step, **accuracy})
         log_results(trainer.loggers, results, step)
-        for kind, values in results.metrics.items():
-            pl_module.log(kind, values["accuracy"], prog_bar=True, logger=False, batch_size=1)
+        for kind, value in accuracy.items():
+            pl_module.log(kind, value, prog_bar=True, logger=False, batch_size=1)
 
     def keep(self, results: Results) -> None:
         """Remember ``results`` and the first samples of each kind."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deepstack_pl.batch import IGNORE_INDEX, Record, Sample
 from deepstack_pl.multimodal.processor import DeepStackProcessor
-from deepstack_pl.stacking.config import Dealt, Encoding, Host, Operator, Resize
+from deepstack_pl.stacking.config import OPERATORS, Dealt, Encoding, Host, Resize
 from deepstack_pl.stacking.config import Sequence as InText
 from deepstack_pl.stacking.injection import NEWLINE, NOTHING
 from deepstack_pl.stacking.mosaic import best_grid, image_tables
@@ -160,11 +160,7 @@ def dissect(processor: DeepStackProcessor, record: Record) -> Anatomy:
 
 def enters(plan: Plan, dealt: Dealt) -> tuple[str, ...]:
     """The places that a group enters: ``llm layer 3``, ``vit block 0, gated``."""
-    places = [
-        f"{i.host.value} layer {i.layer}{', gated' if i.operator is Operator.gated_add else ''}"
-        for i in plan.injections
-        if i.dealt == dealt
-    ]
+    places = [f"{i.host.value} layer {i.layer}{OPERATORS[i.operator]}" for i in plan.injections if i.dealt == dealt]
     if plan.sequence is InText.channels and dealt in plan.groups(Host.llm):
         places.append("beside the global view's token, in its channels")
     return tuple(places)

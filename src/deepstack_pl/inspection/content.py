@@ -14,8 +14,8 @@ from deepstack_pl.batch import MultimodalBatch
 from deepstack_pl.inspection.probe import Pictures, views_by_source
 from deepstack_pl.inspection.slow_views import before_the_stack, cut_by_hand, features, projected, tapped
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
-from deepstack_pl.stacking.config import Dealing, Dealt, Host, Newline, Order, Sequence, Source, Unfilled
-from deepstack_pl.stacking.injection import InjectionTrace
+from deepstack_pl.stacking.config import Dealing, Dealt, Host, Newline, Operator, Order, Sequence, Source, Unfilled
+from deepstack_pl.stacking.injection import InjectionTrace, noise_like
 from deepstack_pl.vision.config import ViewsBackend
 
 VIEWS = {
@@ -154,6 +154,8 @@ def misdealt(
     wrong, positions = 0, 0
     for image, tokens in enumerate(planned):
         added = trace.added[owner == image]
+        if trace.injection.operator is Operator.noise:
+            tokens = noise_like(tokens)
         expected = tokens if scale is None else tokens * scale
         if added.shape != expected.shape:
             return f"image {image} takes {len(added)} positions, but its group holds {len(expected)} tokens"
@@ -189,5 +191,9 @@ def _deal(tiles: Float[Tensor, "tiles p2 d"], grid: tuple[int, int], dealing: De
             return [mosaic[i::rows, j::columns].flatten(0, 1) for i in range(rows) for j in range(columns)]
         case Dealing.strided_1d:
             return [_mosaic(tiles, grid).flatten(0, 1)[k :: rows * columns] for k in range(rows * columns)]
+        case Dealing.scattered:
+            tokens = _mosaic(tiles, grid).flatten(0, 1)
+            anywhere = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).to(tokens.device)
+            return list(tokens[anywhere].split(tiles.shape[1]))
         case Dealing.tiles:
             return list(tiles)

@@ -17,6 +17,7 @@ class Dealing(Enum):
     strided_2d = "strided_2d"  # group (i, j) takes every gh-th row and gw-th column: aligned with the global view
     strided_1d = "strided_1d"  # group k takes every G-th token of the raster order
     tiles = "tiles"  # group k is tile k itself
+    scattered = "scattered"  # every token somewhere, the same for all images: a control that has all but the places
 
 
 class Source(Enum):
@@ -89,6 +90,10 @@ class Operator(Enum):
 
     add = "add"
     gated_add = "gated_add"  # times tanh of a learned scalar that starts at zero
+    noise = "noise"  # in its place one fixed direction, as strong as each token: a control that has all but the content
+
+
+OPERATORS = {Operator.add: "", Operator.gated_add: ", gated", Operator.noise: ", noise"}  # behind an injection's name
 
 
 class Overflow(Enum):
@@ -143,8 +148,7 @@ class Injection:
         return f"{kind.get(self.source, 'tap')} {self.group}"
 
     def __str__(self) -> str:
-        gate = ", gated" if self.operator is Operator.gated_add else ""
-        return f"{self.what} -> {self.host.value} layer {self.layer}{gate}"
+        return f"{self.what} -> {self.host.value} layer {self.layer}{OPERATORS[self.operator]}"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,14 +5,18 @@ Axes: ``n`` rows, ``d`` width; ``...`` any positions.
 
 from collections import UserList
 from dataclasses import dataclass
+from math import pi
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from deepstack_pl.stacking.config import Operator
 from deepstack_pl.stacking.plan import Injection
 
 NOTHING = -1  # a row that is none: zero
 NEWLINE = -2  # a row that is the learned newline
+_CHIRP = (40503, 65537)  # turns of a channel's square; whole numbers, so that every device finds the same angles
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +67,13 @@ def inject(
 ) -> Float[Tensor, "... d"]:
     """``hidden`` plus the features at ``rows`` (-1: nothing), in ``hidden``'s dtype and on its device, out of place.
 
-    ``scale`` multiplies the addition where the injection is gated; ``traces``, where given, receives the record.
+    ``scale`` multiplies the addition where the injection is gated; of features that are noise their size alone is added
+    (`noise_like`); ``traces``, where given, receives the record.
     """
     here = hidden.device  # layers may be spread over devices; to a tensor that is there already this does nothing
     added = gather(features.to(here), rows.to(here))
+    if injection.operator is Operator.noise:
+        added = noise_like(added)
     if scale is not None:
         added = added * scale.to(here)
     added = added.to(hidden.dtype)
@@ -74,6 +81,17 @@ def inject(
     if traces is not None:
         traces.append(_trace(injection, hidden, added, after))
     return after
+
+
+def noise_like(tokens: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    """One direction, the same for all, as strong as each token. A chirp: no random numbers, equal on every device."""
+    factor, modulus = _CHIRP
+    places = torch.arange(tokens.shape[-1], device=tokens.device)
+    direction = torch.sin((places * places * factor % modulus).float() * (2 * pi / modulus))
+    direction = direction / direction.square().mean().sqrt()
+    sizes = tokens.float().square().mean(-1, keepdim=True)
+    sizes = torch.where(sizes > 0, sizes, 1).sqrt() * (sizes > 0)  # the root's slope at nothing is infinite
+    return (sizes * direction).to(tokens.dtype)
 
 
 def _trace(injection: Injection, before: Tensor, added: Tensor, after: Tensor) -> InjectionTrace:

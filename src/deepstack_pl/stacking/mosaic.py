@@ -63,6 +63,9 @@ def deal(grid: tuple[int, int], patches: int, dealing: Dealing) -> Int[Tensor, "
     mosaic = rearrange(tokens, "(r c h w) -> (r h) (c w)", r=rows, c=columns, h=patches, w=patches)
     if dealing is Dealing.strided_1d:
         return rearrange(mosaic, "y x -> (y x)").view(-1, rows * columns).T.contiguous()
+    if dealing is Dealing.scattered:
+        anywhere = torch.randperm(mosaic.numel(), generator=torch.Generator().manual_seed(0))
+        return mosaic.flatten()[anywhere].view(rows * columns, -1)
     return rearrange(mosaic, "(h r) (w c) -> (r c) (h w)", r=rows, c=columns)
 
 

@@ -7,6 +7,8 @@ from deepstack_pl.stacking.config import Encoding, Host, Newline, Operator, Orde
 if TYPE_CHECKING:
     from deepstack_pl.stacking.plan import Plan
 
+_MARKS = {Operator.add: "", Operator.gated_add: " (gated)", Operator.noise: " (noise)"}
+
 
 def sketch(plan: "Plan") -> str:
     """The plan as text, the output on top."""
@@ -16,9 +18,7 @@ def sketch(plan: "Plan") -> str:
         for layer in range(last, -1, -1):
             feature = host is Host.vit and layer == last
             label = "feature " if feature else f"{'layer' if host is Host.llm else 'block'} {layer:2}"
-            arrows = "".join(
-                f" <- {i.what}{' (gated)' if i.operator is Operator.gated_add else ''}" for i in layers.get(layer, ())
-            )
+            arrows = "".join(f" <- {i.what}{_MARKS[i.operator]}" for i in layers.get(layer, ()))
             taps = plan.taps if host is Host.vit else ()
             reads = "".join(f" -> tap {k}" for k, tap in enumerate(taps) if tap == layer)
             rows.append(f"  {host.name} {label} |{arrows}{reads}")

@@ -51,6 +51,11 @@ class Throughput(lightning.Callback):
         self._begin()
 
     @property
+    def flops_overall(self) -> float:
+        """Model FLOPs of all of this session's steps, on all processes."""
+        return self._flops_before + self._window["flops"] * world()
+
+    @property
     def tokens_per_second_overall(self) -> float | None:
         """Tokens a second over all of this session's steps; None before the first."""
         tokens = self._tokens_before + self._window["tokens"] * world()
@@ -102,7 +107,7 @@ class Throughput(lightning.Callback):
 
     def _begin(self) -> None:
         self.seconds_training = self._waited_before = self._start = 0.0
-        self._tokens_before = 0.0  # those of the windows that are over
+        self._tokens_before = self._flops_before = 0.0  # those of the windows that are over
         self._next_window()
 
     def _next_window(self) -> None:
@@ -148,4 +153,5 @@ class Throughput(lightning.Callback):
             logger.log_metrics(self.last, step=trainer.global_step)
         module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
         self._tokens_before += sums["tokens"]
+        self._flops_before += sums["flops"]
         self._next_window()
