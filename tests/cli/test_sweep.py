@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Console
 from tiny_run import leave_checkpoint
 
+from deepstack_pl.cli.arms import fairness, read_arms
 from deepstack_pl.cli.report import duration, print_report, write_failure
-from deepstack_pl.cli.sweep import fairness, read_arms, report
+from deepstack_pl.cli.sweep import report
 
 TRAINED = {"samples": 9, "sources": {}, "refused": {}, "cut_samples": 0, "cut_positions": 0, "cut_answers": 0}
 DATA = {"name": "x", "order_digest": "order", "trained": TRAINED, "fingerprint": {"train": "t", "val": "v"}}
@@ -19,6 +20,10 @@ def results(accuracy: float, **changes: Any) -> dict[str, Any]:
     kind = {"accuracy": accuracy, "ci95": [accuracy - 0.05, accuracy + 0.05], "exact_match": 0.1}
     return {
         "status": "finished",
+        "seed": 0,
+        "device": "cpu",
+        "versions": {},
+        "starts": [{"command": "python train.py -m"}],
         "metrics": {"coarse": {**kind, "facts": 10, "samples": 2}, "fine": {**kind, "facts": 10, "samples": 2}},
         "plan": {"name": "deepstack_l", "injections": ["group 0 -> llm layer 1"]},
         "tokens_per_image": {"seen": 80, "context": 16},
@@ -40,7 +45,7 @@ def a_sweep(folder: Path, arms: dict[str, dict[str, Any]]) -> Path:
     for place, (name, found) in enumerate(arms.items()):
         (folder / name).mkdir(parents=True)
         file = folder / name / "results.json"
-        file.write_text(json.dumps(found))
+        file.write_text(json.dumps({"arm": [name], **found}))
         os.utime(file, (place, place))
     return folder
 

@@ -18,9 +18,11 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from deepstack_pl.cli import resume
+from deepstack_pl.cli import points, resume
+from deepstack_pl.cli.arms import state
 from deepstack_pl.cli.ending import end_now, ending_at_once, together, wait_to_speak
 from deepstack_pl.cli.folders import discard_if_empty
+from deepstack_pl.cli.sweep import SweepReport
 from deepstack_pl.config.errors import sentence
 from deepstack_pl.config.load import from_hydra, register
 from deepstack_pl.config.overrides import check, parse
@@ -110,10 +112,18 @@ class Jobs:
             discard_if_empty(folder)
 
     def _start(self, composed: DictConfig, folder: Path, arm: list[str]) -> None:
-        run = from_hydra(composed, self.schema.files(HydraConfig.get().runtime.choices))
+        run, resumed = from_hydra(composed, self.schema.files(HydraConfig.get().runtime.choices)), None
+        if arm and not points.is_dry(composed):
+            there = points.standing(run, folder)
+            if there.finished:
+                print(f"{', '.join(arm)}: finished already")
+                return
+            if there.aside:
+                print(f"{', '.join(arm)}: ended before its first checkpoint; begun anew, the old one is {there.aside}")
+            resumed = there.resumed
         from deepstack_pl.cli.run import execute
 
-        self.interrupted |= execute(run, folder, self.command, arm=arm)
+        self.interrupted |= execute(run, folder, self.command, arm=arm, resumed=resumed)
 
     def _leave_out(self, folder: Path, arm: list[str], reason: str, status: str, tried: bool) -> None:
         from deepstack_pl.cli.report import write_failure
@@ -140,7 +150,11 @@ def _main(conf: Path, argv: Sequence[str]) -> int:
         overrides = parse(line.overrides)
         check(overrides, schema)
         wanted = resume.asked_for(overrides)
-        if wanted is not None:
+        words = None if wanted in (None, "last") else points.words_of(Path(wanted))
+        if words is not None:
+            line = CommandLine.read([*words, *_of_a_sweep(line, str(wanted))])
+            overrides = parse(line.overrides)
+        elif wanted is not None:
             resumed = resume.prepare(wanted, overrides, line.flags, schema)
             from deepstack_pl.cli.run import execute
 
@@ -149,7 +163,7 @@ def _main(conf: Path, argv: Sequence[str]) -> int:
         jobs = Jobs(schema, command)
         with _argv([*line.flags, *line.overrides, *_arm_names(overrides)]):
             _hydra(conf, jobs)
-        return jobs.stopped or int(jobs.failed)
+        return jobs.stopped or int(jobs.failed or any(state(arm) == "failed" for arm in SweepReport.arms))
     except KeyboardInterrupt:
         print("stopped at once", file=sys.stderr)
         return 130
@@ -160,6 +174,18 @@ def _main(conf: Path, argv: Sequence[str]) -> int:
             raise
         print(text, file=sys.stderr)
         return 1
+
+
+def _of_a_sweep(line: CommandLine, folder: str) -> list[str]:
+    """What a sweep is gone on with besides its own words: machines may change."""
+    others = [word for word in line.overrides if not word.startswith("ckpt_path=")]
+    wrong = [*line.flags, *(word for word in others if not word.lstrip("+").startswith(("hydra.", *resume.FREE)))]
+    if wrong:
+        raise ValueError(
+            f"ckpt_path={folder} with {' '.join(wrong)}: a sweep goes on as it was begun, on other machines or with "
+            "its data elsewhere at most. Leave it out, or start another sweep."
+        )
+    return [*others, f"hydra.sweep.dir={folder}"]
 
 
 def _refuse_sweep_in_group(line: CommandLine) -> None:

@@ -1,0 +1,61 @@
+"""The arms of a sweep as they lie on disk, and whether comparing them is fair. Loads without torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deepstack_pl.cli.folders import RESULTS
+
+
+def read_arms(folder: Path) -> list[dict[str, Any]]:
+    """The results of every arm, in the order in which they were written; ``name`` is the arm's folder."""
+    files = sorted(folder.rglob(RESULTS), key=lambda file: file.stat().st_mtime)
+    files = [file for file in files if not file.relative_to(folder).as_posix().startswith(".")]  # what was put aside
+    named = ((str(file.parent.relative_to(folder)), file.read_text(encoding="utf-8")) for file in files)
+    return [{"name": name, **json.loads(text)} for name, text in named]
+
+
+def fairness(arms: list[dict[str, Any]]) -> list[str]:
+    """Whether arms differ in nothing but what they were meant to: data, order, initial weights; and who did not finish.
+
+    Arms that did not finish trained on fewer samples, so that they are not compared. Arms of different seeds differ in
+    order and weights by design: they are compared with those of their own seed.
+    """
+    done = [arm for arm in arms if state(arm) == "finished"]
+    all_of_them = "all arms" if len(done) == len(arms) else "all arms that finished"
+    claims: list[tuple[str, dict[str, str]]] = [
+        ("same samples in the same order", {a["name"]: a["data"]["order_digest"] for a in done}),
+        ("same validation samples", {a["name"]: a["data"]["fingerprint"]["val"] for a in done}),
+    ]
+    for part in sorted({part for arm in done for part in arm["init_digest"]}):
+        by_shape: dict[str, dict[str, str]] = {}
+        for arm in done:
+            by_shape.setdefault(arm["architecture_digest"][part], {})[arm["name"]] = arm["init_digest"][part]
+        claims += [(f"same initial weights ({part})", group) for group in by_shape.values()]
+    claims.append(("same number of steps", {a["name"]: str(a["steps"]) for a in done}))
+    seeds = {arm["name"]: arm["seed"] for arm in done}
+    lines = [
+        _agree(claim, values, seeds, all_of_them if len(values) == len(done) else ", ".join(values))
+        for claim, values in claims
+        if len(values) > 1
+    ]
+    return lines + [f"{state(arm)}: {arm['name']}: {_reason(arm)}" for arm in arms if state(arm) != "finished"]
+
+
+def state(arm: dict[str, Any]) -> str:
+    """How the arm ended; one that says it is running still was ended from outside."""
+    return "failed" if arm["status"] == "running" else arm["status"]
+
+
+def _reason(arm: dict[str, Any]) -> str:
+    if "reason" in arm:
+        return arm["reason"]
+    return f"at step {arm['steps']}" if arm["status"] == "interrupted" else "it ended without a word"
+
+
+def _agree(claim: str, values: dict[str, str], seeds: dict[str, int], who: str) -> str:
+    """A line on whether all ``values`` (by arm) of one seed are equal."""
+    apart = {(seeds[name], value) for name, value in values.items()}
+    if len(apart) == len({seed for seed, _ in apart}):
+        return f"{who}: {claim}{' for each seed' if len(set(values.values())) > 1 else ''}"
+    return f"{who}: NOT the {claim} ({', '.join(f'{name} {value}' for name, value in values.items())})"
