@@ -23,20 +23,20 @@ def fairness(arms: list[dict[str, Any]]) -> list[str]:
     """
     done = [arm for arm in arms if state(arm) == "finished"]
     all_of_them = "all arms" if len(done) == len(arms) else "all arms that finished"
-    claims: list[tuple[str, dict[str, str]]] = [
-        ("same samples in the same order", {a["name"]: a["data"]["order_digest"] for a in done}),
-        ("same validation samples", {a["name"]: a["data"]["fingerprint"]["val"] for a in done}),
+    seeds, all_one = {arm["name"]: arm["seed"] for arm in done}, {arm["name"]: 0 for arm in done}
+    claims: list[tuple[str, dict[str, str], dict[str, int]]] = [
+        ("same samples in the same order", {a["name"]: a["data"]["order_digest"] for a in done}, seeds),
+        ("same validation samples", {a["name"]: a["data"]["fingerprint"]["val"] for a in done}, all_one),
     ]
     for part in sorted({part for arm in done for part in arm["init_digest"]}):
         by_shape: dict[str, dict[str, str]] = {}
         for arm in done:
             by_shape.setdefault(arm["architecture_digest"][part], {})[arm["name"]] = arm["init_digest"][part]
-        claims += [(f"same initial weights ({part})", group) for group in by_shape.values()]
-    claims.append(("same number of steps", {a["name"]: str(a["steps"]) for a in done}))
-    seeds = {arm["name"]: arm["seed"] for arm in done}
+        claims += [(f"same initial weights ({part})", group, seeds) for group in by_shape.values()]
+    claims.append(("same number of steps", {a["name"]: str(a["steps"]) for a in done}, all_one))
     lines = [
-        _agree(claim, values, seeds, all_of_them if len(values) == len(done) else ", ".join(values))
-        for claim, values in claims
+        _agree(claim, values, by, all_of_them if len(values) == len(done) else ", ".join(values))
+        for claim, values, by in claims
         if len(values) > 1
     ]
     return lines + [f"{state(arm)}: {arm['name']}: {_reason(arm)}" for arm in arms if state(arm) != "finished"]
