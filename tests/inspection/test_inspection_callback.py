@@ -9,10 +9,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from deepstack_pl.data.config import DataConfig
 from deepstack_pl.evaluation.callback import GenerationCallback
 from deepstack_pl.evaluation.config import EvaluationConfig
-from deepstack_pl.inspection.callback import InspectionCallback, global_view, injection_strengths
+from deepstack_pl.inspection.callback import InspectionCallback, global_view
 from deepstack_pl.inspection.receipt import ReceiptError, take_receipt
 from deepstack_pl.language.host import decoder_layers
-from deepstack_pl.stacking.config import Host, ModelConfig
+from deepstack_pl.stacking.config import ModelConfig
 from deepstack_pl.training.datamodule import DeepStackDataModule
 
 
@@ -99,19 +99,14 @@ def test_taking_the_callbacks_away_changes_no_weight(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("host", list(Host))
-def test_strengths_are_ratios_of_what_they_are_made_of(host):
-    config = ModelConfig(name="x", host=host, start_layer=0)
-    found = injection_strengths(small_model(config).train(), small_processor(config), [Pages()[0], Pages()[1]])
-    for k in range(4):
-        place = f"{host.value} layer 0{k} group {k}"
-        ratio = found[f"injection added rms/{place}"] / found[f"injection stream rms/{place}"]
-        assert found[f"injection added over stream/{place}"] == pytest.approx(ratio)
-
-
-def test_a_plan_without_injections_has_no_strengths():
-    config = ModelConfig(name="baseline", tiles=0, groups=0)
-    assert injection_strengths(small_model(config), small_processor(config), [Pages()[0]]) == {}
+def test_tensorboard_shows_what_leaving_each_injection_out_costs_and_what_answers_attend_to(board):
+    tags = board.Tags()["scalars"]
+    for name in ("injection cosine", "injection gradient", "loss without"):
+        assert f"{name}/llm layer 02 group 1" in tags
+    assert "loss without/all of them" in tags
+    assert {f"attention on visual tokens/layer {layer:02}" for layer in range(6)} <= set(tags)
+    for tag in ("injections/left out", "injections/in the stream", "attention/visual share", "attention/map"):
+        assert [event.step for event in board.Images(tag)] == [2, 4]
 
 
 def test_the_global_view_is_the_page_as_the_model_sees_it():

@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import lightning
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from deepstack_pl.batch import Record
+from deepstack_pl.inspection.inside import Inside, look_inside
+from deepstack_pl.inspection.inside_figures import inside_figures
 from deepstack_pl.inspection.pages import page_figure
 from deepstack_pl.inspection.plots import plan_figure, to_pixels
-from deepstack_pl.inspection.probe import quiet
 from deepstack_pl.inspection.receipt import take_receipt
 from deepstack_pl.inspection.record import Receipt
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
@@ -112,15 +112,24 @@ class InspectionCallback(lightning.Callback):
         writers = _writers(trainer)
         if not self.validation.pages:
             return
-        network, strengths = _ours(pl_module)[0], {}
+        network, records, found = _ours(pl_module)[0], [r for r, _ in self.validation.pages], None
         with whole(network):
             if writers:
-                strengths = injection_strengths(network, self.processor, [r for r, _ in self.validation.pages])
+                found = look_inside(network, self.processor, records)
         for writer in writers:
-            for name, value in strengths.items():
-                writer.add_scalar(name, value, self._shown)
+            if found is not None:
+                self._inside(writer, found, self.validation.pages)
             for number, (record, answer) in enumerate(self.validation.pages):
                 self._page(writer, f"pages/{answer.kind} {number}", record, answer)
+
+    def _inside(self, writer: SummaryWriter, found: Inside, pages: Sequence[tuple[Record, Answer]]) -> None:
+        for name, value in found.scalars().items():
+            writer.add_scalar(name, value, self._shown)
+        page = next((r.images[0] for r, _ in pages if r.images), None)
+        for tag, figure in inside_figures(found, self.processor.plan, page).items():
+            writer.add_image(tag, to_pixels(figure), self._shown, dataformats="HWC")
+        if found.note:
+            writer.add_text("attention/note", found.note, self._shown)
 
     def _page(self, writer: SummaryWriter, tag: str, record: Record, answer: Answer) -> None:
         text = f"**{answer.key}**\n\n{answer.prompt}\n\nprediction: `{answer.prediction}`\n\nanswer: `{answer.answer}`"
@@ -138,25 +147,6 @@ class InspectionCallback(lightning.Callback):
             title=f"{answer.key}, {answer.kind}, step {self._shown}",
         )
         writer.add_image(tag, to_pixels(figure), self._shown, dataformats="HWC")
-
-
-def injection_strengths(
-    model: DeepStackForConditionalGeneration, processor: DeepStackProcessor, records: Sequence[Record]
-) -> dict[str, float]:
-    """For each injection, over ``records``: size of the addition, of the stream it enters, and of one in the other."""
-    if not model.plan.injections:
-        return {}
-    batch = processor.collate([processor.prepare(record) for record in records]).to(model.device)
-    with quiet(model), torch.no_grad():
-        traces = model(**batch.model_inputs(), use_cache=False, record=True).record
-    found: dict[str, float] = {}
-    for trace in traces:
-        added, hidden = float(trace.added_rms), float(trace.hidden_rms)
-        place = f"{trace.injection.host.value} layer {trace.injection.layer:02} {trace.injection.what}"
-        found[f"injection added over stream/{place}"] = added / hidden if hidden else 0.0
-        found[f"injection added rms/{place}"] = added
-        found[f"injection stream rms/{place}"] = hidden
-    return found
 
 
 def global_view(processor: DeepStackProcessor, record: Record) -> Any:

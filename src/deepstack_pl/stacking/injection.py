@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import pi
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class InjectionTrace:
         added: what was added to the residual stream; keeps its gradient after a backward pass.
         touched: the positions at which the stream changed.
         hidden_rms, added_rms: root mean square of the stream before, and of the addition, over touched positions.
+        cosine: between the stream before and the addition, the mean over touched positions.
     """
 
     injection: Injection
@@ -34,6 +36,7 @@ class InjectionTrace:
     touched: Bool[Tensor, "..."]
     hidden_rms: Float[Tensor, ""]
     added_rms: Float[Tensor, ""]
+    cosine: Float[Tensor, ""]
 
 
 class Traces(UserList[InjectionTrace]):
@@ -103,4 +106,6 @@ def _trace(injection: Injection, before: Tensor, added: Tensor, after: Tensor) -
     def rms(values: Tensor) -> Tensor:
         return ((values.detach().float() ** 2 * touched.unsqueeze(-1)).sum() / count).sqrt()
 
-    return InjectionTrace(injection, added, touched, rms(before), rms(added))
+    alike = F.cosine_similarity(before.detach().float(), added.detach().float(), dim=-1)
+    cosine = (alike * touched).sum() / touched.sum().clamp_min(1)
+    return InjectionTrace(injection, added, touched, rms(before), rms(added), cosine)
