@@ -28,7 +28,14 @@ def test_it_writes_figures_and_all_numbers(tmp_path: Path, page: Path, capsys: p
     words = ["--image", str(page), "--prompt", "Which colours?", "--answer", "red teal"]
     assert main(["inspect", str(run), *words]) == 0
     folder = run / "inspect" / "page"
-    names = ("plan", "injections_left_out", "injections_in_the_stream", "attention_visual_share", "attention_map")
+    names = (
+        "plan",
+        "dealt",
+        "injections_left_out",
+        "injections_in_the_stream",
+        "attention_visual_share",
+        "attention_map",
+    )
     for name in names:
         assert Image.open(folder / f"{name}.png").width > 300
     said = json.loads((folder / "inspect.json").read_text())

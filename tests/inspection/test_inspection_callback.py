@@ -105,7 +105,8 @@ def test_tensorboard_shows_what_leaving_each_injection_out_costs_and_what_answer
         assert f"{name}/llm layer 02 group 1" in tags
     assert "loss without/all of them" in tags
     assert {f"attention on visual tokens/layer {layer:02}" for layer in range(6)} <= set(tags)
-    for tag in ("injections/left out", "injections/in the stream", "attention/visual share", "attention/map"):
+    pictures = ["injections/left out", "injections/in the stream", "attention/visual share", "attention/map"]
+    for tag in [*pictures, "pages/as it is dealt"]:
         assert [event.step for event in board.Images(tag)] == [2, 4]
 
 

@@ -16,8 +16,8 @@ HELP = "what injections and attention do with a picture of yours"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what the command takes."""
     parser.description = (
-        "Asks a run about one picture and writes figures: the plan, how strong each injection is, what the answer's "
-        "loss is without it, what the answer attends to; and inspect.json with all numbers."
+        "Asks a run about one picture and writes figures: the plan, the picture as it is dealt, how strong each "
+        "injection is, what the answer's loss is without it, what the answer attends to; and all numbers as inspect.json."
     )
     parser.epilog = 'example: deepstack inspect outputs/latest --image page.png --prompt "What does it say?"'
     parser.add_argument("run", metavar="RUN", type=Path, help="a finished run's or an exported folder")
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from deepstack_pl.batch import Record, Role, Turn
     from deepstack_pl.data.images import decode_image
     from deepstack_pl.evaluation.runner import generate
+    from deepstack_pl.inspection.dealt import dealt_figure
     from deepstack_pl.inspection.inside import look_inside
     from deepstack_pl.inspection.inside_figures import inside_figures
     from deepstack_pl.inspection.plots import plan_figure
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     found = look_inside(model, processor, [record(answer)])
     folder = args.to or args.run / "inspect" / args.image.stem
     figures = {"plan": plan_figure(processor.plan, processor.tokens_per_view)}
+    dealt = dealt_figure(picture, processor)
+    figures |= {"dealt": dealt} if dealt is not None else {}
     figures |= inside_figures(found, processor.plan, picture)
     folder.mkdir(parents=True, exist_ok=True)
     for tag, figure in figures.items():

@@ -7,14 +7,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from deepstack_pl.cli.folders import CONFIG, checkpoint_of, relative, write_text
 from deepstack_pl.cli.report import read_results
 from deepstack_pl.cli.resume import FREE, Resumed
-from deepstack_pl.config.load import load
+from deepstack_pl.config.load import flat, load
 from deepstack_pl.config.run import RunConfig
 
 WORDS = "sweep.json"
@@ -66,26 +65,13 @@ def standing(run: RunConfig, folder: Path) -> Standing:
 
 def differences(run: RunConfig, saved: RunConfig) -> Iterator[str]:
     """In what ``saved``, as a run leaves its config, is another experiment than ``run``, as it was composed."""
-    new, old = _flat(run), _flat(saved)
+    new, old = flat(run), flat(saved)
     for key in sorted(new.keys() | old.keys()):
         machine = any(_is_in(key, free) for free in FREE) and not any(_is_in(key, its) for its in _DECIDES)
         settled = run.data.epochs is not None and key in _SETTLED
         drawn = key == "llm.template" and run.llm.checkpoint is not None  # settled where weights are random
         if new.get(key) != old.get(key) and not (machine or settled or drawn or key in _OF_ONE_START):
             yield f"{key} was {old.get(key)}, and is {new.get(key)}"
-
-
-def _flat(run: RunConfig) -> dict[str, Any]:
-    """Its values by dotted name; lists are values."""
-
-    def walk(values: Any, name: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(values, dict) and values:
-            for key, value in values.items():
-                yield from walk(value, f"{name}.{key}" if name else str(key))
-        else:
-            yield name, values
-
-    return dict(walk(OmegaConf.to_container(OmegaConf.structured(run), enum_to_str=True), ""))
 
 
 def _is_in(key: str, section: str) -> bool:

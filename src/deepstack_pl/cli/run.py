@@ -24,10 +24,11 @@ from deepstack_pl.cli.resume import Resumed, whole
 from deepstack_pl.cli.spread import spread
 from deepstack_pl.cli.surroundings import bar_on, be_quiet, share_cores
 from deepstack_pl.cli.trial import one_step
-from deepstack_pl.config.load import save
+from deepstack_pl.config.load import flat, save
 from deepstack_pl.config.run import DryRun, RunConfig
 from deepstack_pl.evaluation.callback import log_results
 from deepstack_pl.evaluation.runner import evaluate
+from deepstack_pl.inspection.hparams import log_hparams
 from deepstack_pl.inspection.record import Receipt
 from deepstack_pl.multimodal.config import build_plan
 from deepstack_pl.processes import from_all, from_first, rank
@@ -261,8 +262,9 @@ class _Run:
         peaks = from_all(self.memory.peaks())
         if not self.first:
             return
-        log_results(self.work.trainer.loggers, found, self._step, prefix="final")
-        for logger in self.work.trainer.loggers:
+        loggers = self.work.trainer.loggers
+        log_hparams(loggers, flat(self.run), log_results(loggers, found, self._step, prefix="final"))
+        for logger in loggers:
             logger.finalize("success")  # these numbers come after Lightning's own
         (self.folder / "hparams.yaml").unlink(missing_ok=True)  # the TensorBoard logger's; config.yaml says it all
         lines = [json.dumps(record.to_dict(), ensure_ascii=False) for record in found.records]

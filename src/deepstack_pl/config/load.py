@@ -1,7 +1,8 @@
 """From Hydra's composed tree, or a saved config.yaml, to a checked RunConfig."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -40,6 +41,19 @@ def from_hydra(composed: DictConfig | ListConfig, files: Mapping[str, str] | Non
 def save(run: RunConfig, file: Path) -> None:
     """Write ``run`` in full, as `load` reads it."""
     OmegaConf.save(OmegaConf.structured(run), file)
+
+
+def flat(run: RunConfig) -> dict[str, Any]:
+    """Its values by dotted name; lists are values."""
+
+    def walk(values: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(values, dict) and values:
+            for key, value in values.items():
+                yield from walk(value, f"{name}.{key}" if name else str(key))
+        else:
+            yield name, values
+
+    return dict(walk(OmegaConf.to_container(OmegaConf.structured(run), enum_to_str=True), ""))
 
 
 def load(file: Path, overrides: list[str]) -> RunConfig:

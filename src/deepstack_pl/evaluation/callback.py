@@ -90,8 +90,8 @@ class GenerationCallback(lightning.Callback):
         self.pages = [(self.source[record.index], record) for record in chosen]
 
 
-def log_results(loggers: Iterable[Logger], results: Results, step: int, prefix: str = "val") -> None:
-    """``<prefix>/<kind>/accuracy`` and ``.../exact_match`` to every logger."""
+def log_results(loggers: Iterable[Logger], results: Results, step: int, prefix: str = "val") -> list[str]:
+    """``<prefix>/<kind>/accuracy`` and ``.../exact_match`` to every logger; the names."""
     values = {
         f"{prefix}/{kind}/{name}": found[name]
         for kind, found in results.metrics.items()
@@ -99,6 +99,7 @@ def log_results(loggers: Iterable[Logger], results: Results, step: int, prefix: 
     }
     for logger in loggers:
         logger.log_metrics(values, step=step)
+    return list(values)
 
 
 def network_of(module: Any) -> DeepStackForConditionalGeneration:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from deepstack_pl.batch import Record
+from deepstack_pl.inspection.dealt import dealt_figure
 from deepstack_pl.inspection.inside import Inside, look_inside
 from deepstack_pl.inspection.inside_figures import inside_figures
 from deepstack_pl.inspection.pages import page_figure
@@ -126,7 +127,11 @@ class InspectionCallback(lightning.Callback):
         for name, value in found.scalars().items():
             writer.add_scalar(name, value, self._shown)
         page = next((r.images[0] for r, _ in pages if r.images), None)
-        for tag, figure in inside_figures(found, self.processor.plan, page).items():
+        figures = inside_figures(found, self.processor.plan, page)
+        dealt = dealt_figure(page, self.processor) if page is not None else None
+        if dealt is not None:
+            figures["pages/as it is dealt"] = dealt
+        for tag, figure in figures.items():
             writer.add_image(tag, to_pixels(figure), self._shown, dataformats="HWC")
         if found.note:
             writer.add_text("attention/note", found.note, self._shown)
