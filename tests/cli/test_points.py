@@ -5,12 +5,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from tiny_run import TINY, leave_checkpoint, run_of
+from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from tiny_run import CONF, TINY, leave_checkpoint, run_of
 
 from deepstack_pl.cli.points import differences, remember_words, standing, words_of
-from deepstack_pl.config.load import save
+from deepstack_pl.cli.train import Jobs
+from deepstack_pl.config.load import register, save
+from deepstack_pl.config.schema import Schema
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -45,6 +51,7 @@ def test_one_that_left_none_is_begun_anew_and_put_aside(tmp_path: Path) -> None:
     for number in (1, 2):
         found = standing(run_of(*TINY), left(tmp_path / "point", "failed"))
         assert found.aside == tmp_path / f".point.before-{number}"
+        assert found.aside is not None
         assert (found.aside / "config.yaml").is_file()
     assert not (tmp_path / "point").exists()
 
@@ -92,6 +99,42 @@ def test_a_sweep_keeps_its_first_words(tmp_path: Path) -> None:
     remember_words(tmp_path, ["-m", "seed=0"])
     assert words_of(tmp_path) == ["-m", "seed=0,1"]
     assert words_of(tmp_path / "none") is None
+
+
+def composed(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> DictConfig:
+    """A point as Hydra hands it over, in ``folder``."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", list(overrides))
+    state = SimpleNamespace(
+        runtime=SimpleNamespace(output_dir=str(folder), choices={}),
+        mode=RunMode.MULTIRUN,
+        overrides=SimpleNamespace(task=list(overrides)),
+    )
+    monkeypatch.setattr("deepstack_pl.cli.train.HydraConfig", SimpleNamespace(get=lambda: state))
+    return config
+
+
+def test_an_interrupted_sweep_says_nothing_of_points_that_were_begun_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = left(tmp_path / "point", "finished")
+    jobs = Jobs(Schema((CONF,)), "python train.py -m", interrupted=True)
+    jobs(composed(folder, monkeypatch, *TINY))
+    assert json.loads((folder / "results.json").read_text())["status"] == "finished"
+    jobs(composed(tmp_path / "new", monkeypatch, *TINY))
+    assert json.loads((tmp_path / "new" / "results.json").read_text())["status"] == "not started"
+
+
+def test_a_run_of_other_values_stays_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = left(tmp_path / "point", "finished")
+    jobs = Jobs(Schema((CONF,)), "python train.py -m")
+    jobs(composed(folder, monkeypatch, *TINY, "model.start_layer=0"))
+    assert jobs.failed
+    assert "holds a run of other values" in capsys.readouterr().err
+    assert json.loads((folder / "results.json").read_text())["status"] == "finished"
 
 
 def train(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what the command takes."""
     parser.description = (
         "Asks a run about one picture and writes figures: the plan, the picture as it is dealt, how strong each "
-        "injection is, what the answer's loss is without it, what the answer attends to; and all numbers as inspect.json."
+        "injection is, what the answer's loss is without it, what it attends to; and all numbers as inspect.json."
     )
     parser.epilog = 'example: deepstack inspect outputs/latest --image page.png --prompt "What does it say?"'
     parser.add_argument("run", metavar="RUN", type=Path, help="a finished run's or an exported folder")

@@ -22,6 +22,10 @@ _SETTLED = ("data.epochs", "trainer.max_steps")  # a run of so many epochs saves
 _OF_ONE_START = ("ckpt_path", "dry_run")
 
 
+class AnotherRun(ValueError):
+    """A point's folder holds a run that is not it; nothing there may be touched."""
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """How far a point has come.
@@ -40,7 +44,7 @@ def standing(run: RunConfig, folder: Path) -> Standing:
     """Look at what ``folder`` holds of the point ``run``; what is of no use is put aside, beside it.
 
     Raises:
-        ValueError: a run of other values.
+        AnotherRun: one of other values.
     """
     file = folder / CONFIG
     if not file.is_file():
@@ -48,7 +52,7 @@ def standing(run: RunConfig, folder: Path) -> Standing:
     saved, results = load(file, []), read_results(folder)
     apart = list(differences(run, saved))
     if apart:
-        raise ValueError(
+        raise AnotherRun(
             f"{relative(folder)} holds a run of other values: {'; '.join(apart[:3])}. Its sweep goes on with what it "
             "was begun with. Put conf/ back as it was, or start another sweep."
         )

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from deepstack_pl.cli import points, resume
 from deepstack_pl.cli.arms import state
 from deepstack_pl.cli.ending import end_now, ending_at_once, together, wait_to_speak
-from deepstack_pl.cli.folders import discard_if_empty
+from deepstack_pl.cli.folders import RESULTS, discard_if_empty
 from deepstack_pl.cli.sweep import SweepReport
 from deepstack_pl.config.errors import sentence
 from deepstack_pl.config.load import from_hydra, register
@@ -93,7 +93,8 @@ class Jobs:
         """One arm of a sweep; it never raises, so that Hydra goes on to the sweep's report."""
         tried = str(composed.get("dry_run")).lower() != "false"  # nothing but the terminal hears of it
         if self.interrupted:
-            self._leave_out(folder, arm, "the sweep was interrupted before it", "not started", tried)
+            if not (folder / RESULTS).is_file():  # else it was begun before, and says how far it came
+                self._leave_out(folder, arm, "the sweep was interrupted before it", "not started", tried)
             return
         try:
             self._start(composed, folder, arm)
@@ -103,6 +104,9 @@ class Jobs:
             reason = "stopped at once by Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"exit {error.code}"
             print(f"{', '.join(arm)}: {reason}", file=sys.stderr)
             self._leave_out(folder, arm, reason, "interrupted", tried)
+        except points.AnotherRun as error:
+            print(error, file=sys.stderr)
+            self.failed = True
         except Exception as error:
             text = sentence(error, self.schema)
             print(text or traceback.format_exc(), file=sys.stderr)
