@@ -20,7 +20,7 @@ def watchers(config: ModelConfig = STACKED):
     processor = small_processor(config)
     values = EvaluationConfig(name="small", every_steps=2, samples=4, batch_size=4, max_new_tokens=9)
     validation = GenerationCallback(Pages(), processor, values, pages_per_kind=1)
-    return [validation, InspectionCallback(processor, validation)]
+    return [validation, InspectionCallback(processor, validation, config="model:\n  start_layer: 1")]
 
 
 def fit(folder, *callbacks, logger=False, module=None):
@@ -51,6 +51,7 @@ def test_tensorboard_shows_plan_receipt_and_parts_from_the_start(board):
     assert "Receipt of plan deepstack_l" in text(board, "plan/receipt")
     assert "| group 3 -> llm layer 4 | 48 | 48 |" in text(board, "plan/receipt")
     assert "peak lr" in text(board, "plan/parts")
+    assert text(board, "plan/config") == "    model:\n      start_layer: 1"
 
 
 def test_tensorboard_shows_answered_pages_of_each_kind_at_each_validation(board):

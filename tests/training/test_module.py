@@ -78,6 +78,10 @@ def test_each_part_warms_up_to_its_own_peak_and_decays(tmp_path):
         assert rates["vision"] == pytest.approx(rates["llm"] / 20)
         assert rates["projector"] == pytest.approx(rates["llm"] / 2)
     assert [logged["lr/llm"] for logged in recorder.logged] == pytest.approx(llm)
+    for logged in recorder.logged[1:]:
+        norms = [logged[f"train/gradient_norm/{part}"] for part in ("vision", "projector", "llm")]
+        assert all(norms)
+        assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(logged["train/gradient_norm"], rel=1e-5)
 
 
 def test_a_finished_run_that_is_extended_goes_on_at_the_new_schedule_from_its_first_step(tmp_path):

@@ -23,6 +23,7 @@ from deepstack_pl.cli.logs import loggers_of, profiler_of
 from deepstack_pl.cli.machines import wanted
 from deepstack_pl.cli.provenance import digest_of, versions
 from deepstack_pl.cli.schedule import settle_steps
+from deepstack_pl.config.load import as_text
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.data.config import StreamKind
 from deepstack_pl.data.folders import open_folder
@@ -198,7 +199,7 @@ def assemble(run: RunConfig, folder: Path, *, fresh: bool = True) -> Assembly:
     with in_turn():
         module.configure_model()
     generation, stop = GenerationCallback(val, processor, run.evaluation), GracefulStop()
-    inspection = InspectionCallback(processor, generation)
+    inspection = InspectionCallback(processor, generation, config=as_text(run))
     guards = [FirstStepGuard(), stop, Watchdog(folder, run.strategy)]
     callbacks = [*machines(run, folder), *guards, generation, inspection, DataCounts()]
     return Assembly(

@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
         return Record(key=args.image.name, turns=(asked, Turn(Role.assistant, answer)), images=(picture,))
 
     own = generate(model, processor, [record("")], 128)[0]
-    answer = args.answer or own
+    answer = own if args.answer is None else args.answer
     if not answer.strip():
-        raise ValueError("the model's answer is empty: there is no token whose loss could be looked at. Give --answer.")
+        raise ValueError("the answer is empty: there is no token whose loss could be looked at. Give --answer TEXT.")
     found = look_inside(model, processor, [record(answer)])
     folder = args.to or args.run / "inspect" / args.image.stem
     figures = {"plan": plan_figure(processor.plan, processor.tokens_per_view)}

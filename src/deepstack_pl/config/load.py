@@ -43,6 +43,11 @@ def save(run: RunConfig, file: Path) -> None:
     OmegaConf.save(OmegaConf.structured(run), file)
 
 
+def as_text(run: RunConfig) -> str:
+    """As `save` writes it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(run))
+
+
 def flat(run: RunConfig) -> dict[str, Any]:
     """Its values by dotted name; lists are values."""
 

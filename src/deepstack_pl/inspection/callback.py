@@ -75,8 +75,12 @@ class InspectionCallback(lightning.Callback):
         receipt: taken at the start, of the weights as they then are, unless one has been put here before.
     """
 
-    def __init__(self, processor: DeepStackProcessor, validation: Validation | None = None) -> None:
+    def __init__(
+        self, processor: DeepStackProcessor, validation: Validation | None = None, *, config: str = ""
+    ) -> None:
+        """``config``: the run's, as text to show."""
         self.processor = processor
+        self.config = config
         self.validation = validation
         self.receipt: Receipt | None = None
         self._shown = -1
@@ -93,8 +97,10 @@ class InspectionCallback(lightning.Callback):
             plan, step = model.plan, trainer.global_step
             picture = to_pixels(plan_figure(plan, self.processor.tokens_per_view))
             writer.add_image("plan/drawing", picture, step, dataformats="HWC")
-            writer.add_text("plan/text", "\n".join(f"    {line}" for line in plan.draw().splitlines()), step)
+            writer.add_text("plan/text", _as_code(plan.draw()), step)
             writer.add_text("plan/receipt", self.receipt.markdown(), step)
+            if self.config:
+                writer.add_text("plan/config", _as_code(self.config), step)
             if parts is not None:
                 writer.add_text("plan/parts", parts.markdown(), step)
         self.receipt.require()
@@ -157,6 +163,11 @@ class InspectionCallback(lightning.Callback):
 def global_view(processor: DeepStackProcessor, record: Record) -> Any:
     """The first image's global view as the model sees it, from 0 to 1, ``[s, s, 3]``."""
     return (processor.prompt(record).views[0].permute(1, 2, 0) / 255).numpy()
+
+
+def _as_code(text: str) -> str:
+    """Markdown that keeps its lines."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _writers(trainer: lightning.Trainer) -> list[SummaryWriter]:

@@ -192,8 +192,8 @@ def _attention(
             bare = with_all
             if model.plan.injections:
                 bare = [_share(each, asks, visual) for each in _maps(model, batch, _nothing(batch))]
-    except ValueError as error:
-        return None, f"no attention maps: {error}"
+    except (ValueError, RuntimeError) as error:  # an LLM without eager attention, or a device without room
+        return None, f"no attention maps: {type(error).__name__}: {error}"
     layer = max(range(len(with_all)), key=lambda number: with_all[number])
     return Attention(with_all, bare, layer, _grid(maps[layer], asks, visual, processor)), ""
 

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from deepstack_pl.batch import MultimodalBatch
+from deepstack_pl.multimodal.build import parts
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.processes import local, unsharded
 from deepstack_pl.training.config import OptimConfig, StageConfig
@@ -137,6 +138,8 @@ class DeepStackModule(lightning.LightningModule):
         trained = [p for p in self.network.parameters() if p.grad is not None]
         norm = unsharded(get_total_norm([p.grad for p in trained if p.grad is not None]))
         self.log("train/gradient_norm", norm, batch_size=1)
+        if self._logs_this_step:
+            self.log_dict(self._norms(), batch_size=1)
         if self.trainer.scaler is None:  # fp16's loss scaler leaves such steps out by itself
             self._note(self._finite.look(self._mean, norm, trained, self.trainer.global_step))
         if gradient_clip_val:
@@ -181,6 +184,11 @@ class DeepStackModule(lightning.LightningModule):
     def _logs_this_step(self) -> bool:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it in a connector
         return (self.trainer.global_step + 1) % every == 0
+
+    def _norms(self) -> dict[str, Tensor]:
+        """The norm of each part's gradients, before they are clipped."""
+        grads = {name: [p.grad for _, p in named if p.grad is not None] for name, named in parts(self.network).items()}
+        return {f"train/gradient_norm/{name}": unsharded(get_total_norm(each)) for name, each in grads.items() if each}
 
     def _rates(self) -> dict[str, float]:
         """The learning rate of each part in this step."""
