@@ -1,6 +1,6 @@
 # Everything a newcomer types. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow test-oldest check bench bench-gpu clean
+.PHONY: help install train test test-slow test-oldest golden check bench bench-gpu clean
 
 # The first interpreter that really runs (a version manager's shim may exist and fail), is 3.11 or 3.12, and can make a
 # virtual environment. Name another with `make PYTHON=...`.
@@ -53,6 +53,9 @@ $(OLD)/.installed:
 		echo "make test-oldest: transformers $(OLDEST) could not be installed. It needs the package index, or pip's cache." >&2; \
 		exit 1; }
 	@touch $@
+
+golden: install  ## what every shipped experiment resolves to, written anew: tests/experiments/resolved
+	PYTHONPATH=src $(BIN)/python tests/experiments/shipped.py
 
 check: install  ## lint, format, types, import floors
 	$(BIN)/ruff check
