@@ -39,18 +39,21 @@ def fairness(arms: list[dict[str, Any]]) -> list[str]:
         for claim, values, by in claims
         if len(values) > 1
     ]
-    return lines + [f"{state(arm)}: {arm['name']}: {_reason(arm)}" for arm in arms if state(arm) != "finished"]
+    return lines + [f"{state(arm)}: {arm['name']}: {reason(arm)}" for arm in arms if state(arm) != "finished"]
 
 
 def state(arm: dict[str, Any]) -> str:
-    """How the arm ended; one that says it is running still was ended from outside."""
+    """How the arm ended; one that says it is running still counts as failed: it was ended from outside, or will be seen
+    again.
+    """
     return "failed" if arm["status"] == "running" else arm["status"]
 
 
-def _reason(arm: dict[str, Any]) -> str:
+def reason(arm: dict[str, Any]) -> str:
+    """Why it did not finish."""
     if "reason" in arm:
         return arm["reason"]
-    return f"at step {arm['steps']}" if arm["status"] == "interrupted" else "it ended without a word"
+    return f"at step {arm['steps']}" if arm["status"] == "interrupted" else "it is under way, or ended without a word"
 
 
 def _agree(claim: str, values: dict[str, str], seeds: dict[str, int], who: str) -> str:

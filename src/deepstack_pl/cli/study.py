@@ -1,12 +1,12 @@
 """Runs that are compared, of a sweep or not: arms, the seeds of each, paired differences. Loads without torch."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deepstack_pl.cli.arms import read_arms, state
+from deepstack_pl.cli.arms import read_arms, reason, state
 from deepstack_pl.cli.folders import relative
 from deepstack_pl.cli.report import interval_of, read_results
 from deepstack_pl.evaluation.paired import Difference, Scores, difference, holm, interval
@@ -72,26 +72,15 @@ class Cost:
     """What quality is held against."""
 
     label: str
-    more_is_worse: bool
-
-    def of(self, run: dict[str, Any]) -> float | None:
-        match self.label:
-            case "context tokens an image":
-                return run["tokens_per_image"]["context"]
-            case "training FLOPs":
-                return run.get("flops")
-            case "peak memory, GB":
-                peaks = run.get("peak_memory_bytes", {})
-                return max(peaks.values(), default=0) / 1e9
-            case _:
-                return run["tokens_per_second"]
+    of: Callable[[dict[str, Any]], float | None]  # of a run's results; None or 0 where it does not say
+    more_is_worse: bool = True
 
 
 COSTS = {
-    "context": Cost("context tokens an image", True),
-    "flops": Cost("training FLOPs", True),
-    "memory": Cost("peak memory, GB", True),
-    "speed": Cost("tokens a second", False),
+    "context": Cost("context tokens an image", lambda run: run["tokens_per_image"]["context"]),
+    "flops": Cost("training FLOPs", lambda run: run.get("flops")),
+    "memory": Cost("peak memory, GB", lambda run: max(run.get("peak_memory_bytes", {}).values(), default=0) / 1e9),
+    "speed": Cost("tokens a second", lambda run: run["tokens_per_second"], more_is_worse=False),
 }
 
 
@@ -141,7 +130,7 @@ def read_study(folders: Sequence[Path], against: str | None = None) -> Study:
     """
     found = list(_runs(folders))
     done = [(folder, run) for folder, run in found if state(run) == "finished"]
-    left = [f"{run['name']}: {state(run)}: {run.get('reason', '')}" for _, run in found if state(run) != "finished"]
+    left = [f"{run['name']}: {state(run)}: {reason(run)}" for _, run in found if state(run) != "finished"]
     if not done:
         raise ValueError(
             f"no finished run in {', '.join(map(relative, folders))}{': ' if left else ''}{'; '.join(left)}. Give a "

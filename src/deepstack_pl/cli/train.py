@@ -164,7 +164,7 @@ def _main(conf: Path, argv: Sequence[str]) -> int:
 
             execute(resumed.run, resumed.folder, command, resumed=resumed)
             return 0
-        jobs = Jobs(schema, command)
+        jobs, SweepReport.arms = Jobs(schema, command), []
         with _argv([*line.flags, *line.overrides, *_arm_names(overrides)]):
             _hydra(conf, jobs)
         return jobs.stopped or int(jobs.failed or any(state(arm) == "failed" for arm in SweepReport.arms))

@@ -6,7 +6,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
-_SHOWN = ("model.", "stage.", "optim.", "seed", "data.batch_size", "trainer.max_steps")  # and every option's name
+_SHOWN = ("model.", "stage.", "optim.", "seed", "data.batch_size", "trainer.max_steps")
+_NAMES = ("llm.name", "vision.name", "projector.name", "data.name")
 
 
 def log_hparams(loggers: Iterable[Logger], values: Mapping[str, Any], metrics: Iterable[str]) -> None:
@@ -17,7 +18,7 @@ def log_hparams(loggers: Iterable[Logger], values: Mapping[str, Any], metrics: I
     shown = {
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in values.items()
-        if value is not None and (name.startswith(_SHOWN) or name.endswith(".name"))
+        if value is not None and (name.startswith(_SHOWN) or name in _NAMES)
     }
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
