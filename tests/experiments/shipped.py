@@ -78,7 +78,7 @@ def chooses(point: Point) -> bool:
 
 
 @cache
-def run_of(name: str, point: Point = ()) -> RunConfig:
+def run_of(name: str, point: Point) -> RunConfig:
     """What the point runs; not to be changed. Values alone are put on what was composed, by Hydra's own hand."""
     parsed = OverridesParser.create().parse_overrides(list(point))
     if chooses(point):
@@ -95,7 +95,7 @@ def page(name: str, *, whole: bool = True) -> str:
     """The command, every value of the run by its full key, and, where it is ``whole``, what each point of a sweep
     changes.
     """
-    base = _flat(run_of(name))
+    base = _flat(run_of(name, ()))
     text = f"# {command_of(name)}\n# Written by `make golden`.\n" + _lines(base)
     if points(name) == ((),):
         return text
