@@ -3,16 +3,15 @@
 As a script it writes every page of resolved/ anew: `make golden`.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict
-from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -79,7 +78,7 @@ def chooses(point: Point) -> bool:
 
 
 @cache
-def run_of(name: str, point: Point = ()) -> RunConfig:
+def run_of(name: str, point: Point) -> RunConfig:
     """What the point runs; not to be changed. Values alone are put on what was composed, by Hydra's own hand."""
     parsed = OverridesParser.create().parse_overrides(list(point))
     if chooses(point):
@@ -93,18 +92,19 @@ def run_of(name: str, point: Point = ()) -> RunConfig:
 
 
 def page(name: str, *, whole: bool = True) -> str:
-    """The command, every value of the run, and, where it is ``whole``, what each point of a sweep changes."""
-    values = _values(run_of(name))
-    text = f"# {command_of(name)}\n# Written by `make golden`.\n{yaml.safe_dump(values, sort_keys=False)}"
+    """The command, every value of the run by its full key, and, where it is ``whole``, what each point of a sweep
+    changes.
+    """
+    base = _flat(run_of(name, ()))
+    text = f"# {command_of(name)}\n# Written by `make golden`.\n" + _lines(base)
     if points(name) == ((),):
         return text
-    base = dict(_flat(values))
     text += f"points:  # {len(points(name))}; what each changes\n"
     for point in points(name) if whole else ():
-        its = dict(_flat(_values(run_of(name, point))))
-        changed = {key: its.get(key, "-") for key in sorted(base.keys() | its.keys()) if its.get(key) != base.get(key)}
-        lines = "".join(f"    {key}: {value}\n" for key, value in changed.items())
-        text += f"- {' '.join(point)}:\n{lines}" if lines else f"- {' '.join(point)}: as above\n"
+        its = _flat(run_of(name, point))
+        apart = [key for key in sorted(base.keys() | its.keys()) if its.get(key) != base.get(key)]
+        changed = {key: its.get(key, "none here") for key in apart}
+        text += f"- {' '.join(point)}:\n{_lines(changed, '    ')}" if changed else f"- {' '.join(point)}: as above\n"
     return text
 
 
@@ -112,25 +112,21 @@ def page_of(name: str) -> Path:
     return PAGES / f"{name.replace('/', '__')}.yaml"
 
 
-def _values(run: RunConfig) -> dict[str, Any]:
-    """As plain values, enums by name, as `--cfg job` prints them."""
+def _flat(run: RunConfig) -> dict[str, str]:
+    """Its values by full key, as YAML writes them on one line; enums by name."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(each) for key, each in value.items()}
-        if isinstance(value, list):
-            return [plain(each) for each in value]
-        return value.name if isinstance(value, Enum) else value
-
-    return plain(asdict(run))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
+    def walk(value: Any, key: str) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            for name, each in value.items():
+                yield from walk(each, f"{key}.{name}" if key else str(name))
         else:
-            yield f"{prefix}{key}", value
+            yield key, json.dumps(value, default=lambda enum: enum.name)
+
+    return dict(walk(asdict(run), ""))
+
+
+def _lines(values: dict[str, str], indent: str = "") -> str:
+    return "".join(f"{indent}{key}: {value}\n" for key, value in values.items())
 
 
 def rewrite() -> None:

@@ -114,4 +114,4 @@ def test_a_dry_run_of_one_point_says_what_it_will_be(name: str, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert "what learns" in done.stdout
     assert "A step:" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
