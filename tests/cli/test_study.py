@@ -92,6 +92,12 @@ def test_the_baseline_is_what_others_are_held_against(tmp_path: Path) -> None:
     assert study.swept is None
 
 
+def test_a_first_stage_of_its_own_is_no_part_of_an_arms_name(tmp_path: Path) -> None:
+    for plan in ("baseline", "dummy"):
+        leave(tmp_path / plan, [f"model={plan}", f'init_from="FIRST/model={plan}"'], 0, [1], plan=plan)
+    assert [arm.name for arm in read_study([tmp_path]).arms] == ["model=baseline", "model=dummy"]
+
+
 def test_runs_of_other_samples_or_seeds_are_not_compared_and_say_why(tmp_path: Path) -> None:
     leave(tmp_path / "a", ["model=baseline"], 0, [1, 2], plan="baseline")
     leave(tmp_path / "b", ["model=deepstack_l"], 0, [1, 2, 3])

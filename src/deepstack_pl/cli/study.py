@@ -141,6 +141,8 @@ def read_study(folders: Sequence[Path], against: str | None = None) -> Study:
     arms: dict[str, Arm] = {}
     for (folder, run), typed in zip(done, words, strict=True):
         own = {key: value for key, value in typed.items() if (key, value) not in same and key != "seed"}
+        if len(own) > 1:  # a first stage for each arm follows from what the arm is
+            own.pop("init_from", None)
         name = ",".join(f"{key}={value}" for key, value in own.items()) or run["plan"]["name"]
         if run["seed"] in arms.get(name, Arm(name, own)).runs:
             name = run["name"]  # another run that was typed alike
