@@ -49,7 +49,7 @@ def test_the_gradient_is_what_the_loss_gains_along_it() -> None:
     model, processor = small_model(config), small_processor(config)
     model.gates["llm"].data.fill_(0.5)
     (effect,) = look_inside(model, processor, RECORDS).effects
-    batch = processor.collate([processor.prepare(record) for record in RECORDS])
+    batch = processor.collate([processor.prepare(RECORDS[0])])
     output = model.eval()(**batch.model_inputs(), record=True)
     (trace,) = output.record
     (gradient,) = torch.autograd.grad(output.loss, [trace.added])

@@ -36,7 +36,8 @@ class Effect:
     Attributes:
         added, stream: root mean square of what is added, and of the residual stream before.
         cosine: between the two, the mean over positions.
-        gradient: norm of the loss's gradient in what is added; None where weights are shared out.
+        gradient: norm of the loss's gradient in what is added, in the first record with an image; None where weights
+            are shared out.
         left_out: loss per learned token without its group, minus that with all.
     """
 
@@ -121,29 +122,29 @@ class Inside:
 def look_inside(
     model: DeepStackForConditionalGeneration, processor: DeepStackProcessor, records: Sequence[Record]
 ) -> Inside:
-    """Run ``records`` with their answers: once as they are, once for each group left out, once without any; and the
-    first with an image twice more, with eager attention.
+    """Run ``records`` with their answers: once as they are, once for each group left out, once without any. The first
+    with an image once more for gradients, by itself as a step's smallest micro-batch, and twice with eager attention.
+    Nothing is compiled for it.
     """
     batch = processor.collate([processor.prepare(record) for record in records]).to(model.device)
     shown = [processor.prepare(record) for record in records if record.images][:1]
-    with quiet(model), torch.random.fork_rng(devices=[]):
-        effects, loss = _effects(model, batch)
+    one = processor.collate(shown).to(model.device) if shown else None
+    with quiet(model), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+        effects, loss = _effects(model, batch, one)
         without = _loss(model, batch, _nothing(batch))
         attention, note = None, "no attention on visual tokens: none of the pages has an image"
-        if shown:
-            attention, note = _attention(model, processor, processor.collate(shown).to(model.device))
+        if one is not None:
+            attention, note = _attention(model, processor, one)
     return Inside(loss, without, effects, attention, note)
 
 
-def _effects(model: DeepStackForConditionalGeneration, batch: MultimodalBatch) -> tuple[list[Effect], float]:
-    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-    inputs = batch.model_inputs()
-    with torch.set_grad_enabled(not sharded):
-        output = model(**inputs, use_cache=False, record=True)
-        learns = [trace for trace in output.record if trace.added.requires_grad]
-        found = torch.autograd.grad(output.loss, [trace.added for trace in learns]) if learns else ()
-    norms = {id(t): float((g * t.touched.unsqueeze(-1)).norm()) for t, g in zip(learns, found, strict=True)}
-    loss, left_out = float(output.loss.detach()), dict[Any, float]()
+def _effects(
+    model: DeepStackForConditionalGeneration, batch: MultimodalBatch, one: MultimodalBatch | None
+) -> tuple[list[Effect], float]:
+    norms = {} if one is None else _gradients(model, one)
+    with torch.no_grad():
+        output = model(**batch.model_inputs(), use_cache=False, record=True)
+    loss, left_out = float(output.loss), dict[Any, float]()
     effects = []
     for trace in output.record:
         injection = trace.injection
@@ -151,17 +152,23 @@ def _effects(model: DeepStackForConditionalGeneration, batch: MultimodalBatch) -
         if group not in left_out:
             change = without_group(batch, injection, model.plan.groups(injection.host))
             left_out[group] = _loss(model, batch, change) - loss
-        effects.append(
-            Effect(
-                injection,
-                float(trace.added_rms),
-                float(trace.hidden_rms),
-                float(trace.cosine),
-                norms.get(id(trace)),
-                left_out[group],
-            )
-        )
+        sizes = float(trace.added_rms), float(trace.hidden_rms), float(trace.cosine)
+        effects.append(Effect(injection, *sizes, norms.get(injection), left_out[group]))
     return effects, loss
+
+
+def _gradients(model: DeepStackForConditionalGeneration, batch: MultimodalBatch) -> dict[Injection, float]:
+    """Norms at the positions that were touched; parameters get none."""
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return {}
+    with torch.enable_grad():
+        output = model(**batch.model_inputs(), use_cache=False, record=True)
+        traces = [trace for trace in output.record if trace.added.requires_grad]
+        found = torch.autograd.grad(output.loss, [trace.added for trace in traces]) if traces else ()
+    return {
+        trace.injection: float((gradient * trace.touched.unsqueeze(-1)).norm())
+        for trace, gradient in zip(traces, found, strict=True)
+    }
 
 
 def _loss(model: DeepStackForConditionalGeneration, batch: MultimodalBatch, change: dict[str, Tensor]) -> float:
@@ -210,13 +217,12 @@ def _maps(
 
 @contextmanager
 def _eager(model: DeepStackForConditionalGeneration) -> Iterator[None]:
-    """Attention that can be looked at, for as long as it lasts; nothing is compiled for it."""
+    """Attention that can be looked at, for as long as it lasts."""
     llm = model.language_model
     before = llm.config._attn_implementation
     llm.set_attn_implementation("eager")
     try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         llm.set_attn_implementation(before)
 
