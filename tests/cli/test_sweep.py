@@ -121,6 +121,12 @@ def test_parts_of_another_architecture_are_compared_among_themselves(tmp_path: P
     assert not any("NOT" in line for line in lines)
 
 
+def test_a_sweep_of_which_nothing_finished_says_who_ended_how(tmp_path: Path) -> None:
+    write_failure(tmp_path / "a", [], "too deep")
+    report(tmp_path, Console(record=True, width=140))
+    assert "- failed: a: too deep" in (tmp_path / "report.md").read_text()
+
+
 def test_a_failed_arm_is_listed_and_keeps_what_it_had_found(tmp_path: Path) -> None:
     a_sweep(tmp_path, {"a": results(0.9), "b": results(0.9, status="running", metrics={})})
     write_failure(tmp_path / "b", ["model.start_layer=50"], "too deep")

@@ -54,9 +54,11 @@ def report(folder: Path, console: Console) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     found = {"words": words_of(folder), "arms": arms, "checks": checks}
     write_text(folder / WORDS, json.dumps(found, indent=2) + "\n")
-    ends = [f"sweep: {relative(folder)}  ({WORDS})"]
     if any(state(arm) == "finished" for arm in arms):
         ends = [*_page(folder), f"sweep: {relative(folder)}  (report.html, report.md, {WORDS})"]
+    else:
+        write_text(folder / "report.md", "\n".join([f"# {folder.name}", "", *(f"- {line}" for line in checks), ""]))
+        ends = [f"sweep: {relative(folder)}  (report.md, {WORDS})"]
     if any(state(arm) != "finished" for arm in arms):
         ends.append(f"To go on, finished points left as they are: python train.py ckpt_path={relative(folder)}")
     for line in ends:
