@@ -113,7 +113,7 @@ def test_who_did_not_finish_is_listed_and_in_no_number(sweep: Path) -> None:
     (left / "results.json").write_text(json.dumps({"status": "failed", "reason": "too deep", "arm": []}))
     study = read_study([sweep])
     assert len(study.arms) == 2
-    assert study.left == ["model.start_layer=50,seed=0: failed: too deep"]
+    assert study.left == ["failed: model.start_layer=50,seed=0: too deep"]
 
 
 def test_what_a_point_left_before_it_was_begun_anew_is_no_arm(sweep: Path) -> None:

@@ -15,14 +15,14 @@ def read_arms(folder: Path) -> list[dict[str, Any]]:
     return [{"name": name, **json.loads(text)} for name, text in named]
 
 
-def fairness(arms: list[dict[str, Any]]) -> list[str]:
+def fairness(arms: list[dict[str, Any]], *, complete: bool = True) -> list[str]:
     """Whether arms differ in nothing but what they were meant to: data, order, initial weights; and who did not finish.
 
     Arms that did not finish trained on fewer samples, so that they are not compared. Arms of different seeds differ in
-    order and weights by design: they are compared with those of their own seed.
+    order and weights by design: they are compared with those of their own seed. ``complete``: there are no others.
     """
     done = [arm for arm in arms if state(arm) == "finished"]
-    all_of_them = "all arms" if len(done) == len(arms) else "all arms that finished"
+    all_of_them = "all arms" if complete and len(done) == len(arms) else "all arms that finished"
     seeds, all_one = {arm["name"]: arm["seed"] for arm in done}, {arm["name"]: 0 for arm in done}
     claims: list[tuple[str, dict[str, str], dict[str, int]]] = [
         ("same samples in the same order", {a["name"]: a["data"]["order_digest"] for a in done}, seeds),

@@ -130,7 +130,7 @@ def read_study(folders: Sequence[Path], against: str | None = None) -> Study:
     """
     found = list(_runs(folders))
     done = [(folder, run) for folder, run in found if state(run) == "finished"]
-    left = [f"{run['name']}: {state(run)}: {reason(run)}" for _, run in found if state(run) != "finished"]
+    left = [f"{state(run)}: {run['name']}: {reason(run)}" for _, run in found if state(run) != "finished"]
     if not done:
         raise ValueError(
             f"no finished run in {', '.join(map(relative, folders))}{': ' if left else ''}{'; '.join(left)}. Give a "

@@ -53,7 +53,7 @@ def write_page(study: "Study", folder: Path) -> None:
     from deepstack_pl.cli.study_charts import figures, svg
 
     tables = [table_of(study, kind) for kind in study.kinds] + [costs_of(study)]
-    checks = fairness([run for arm in study.arms for run in arm.runs.values()])
+    checks = fairness([run for arm in study.arms for run in arm.runs.values()], complete=not study.left)
     facts = {
         "study": study,
         "summary": summary(study),
