@@ -104,7 +104,16 @@ def test_runs_of_other_samples_or_seeds_are_not_compared_and_say_why(tmp_path: P
     leave(tmp_path / "c", ["model=dummy"], 5, [1, 2])
     found = read_study([tmp_path]).differences("fine")
     assert "other samples" in str(found["model=deepstack_l"])
-    assert "no seed in common" in str(found["model=dummy"])
+    assert "one arm has seeds [5], the other [0]" in str(found["model=dummy"])
+
+
+def test_facts_that_not_every_run_was_asked_are_named_and_not_compared(tmp_path: Path) -> None:
+    leave(tmp_path / "a", ["model=baseline"], 0, [1], plan="baseline")
+    metrics = {kind: {"accuracy": 1.0, "ci95": [0.9, 1.0], "samples": 1} for kind in ("fine", "coarse")}
+    leave(tmp_path / "b", ["model=dummy"], 0, [4], metrics=metrics)
+    study = read_study([tmp_path])
+    assert study.kinds == ["fine"]
+    assert study.left == ["not compared: coarse, which not every run was asked"]
 
 
 def test_who_did_not_finish_is_listed_and_in_no_number(sweep: Path) -> None:

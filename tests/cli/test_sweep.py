@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 from tiny_run import leave_checkpoint
 
 from deepstack_pl.cli.arms import fairness, read_arms
 from deepstack_pl.cli.report import duration, print_report, write_failure
-from deepstack_pl.cli.sweep import report
+from deepstack_pl.cli.sweep import SweepReport, report
 
 TRAINED = {"samples": 9, "sources": {}, "refused": {}, "cut_samples": 0, "cut_positions": 0, "cut_answers": 0}
 DATA = {"name": "x", "order_digest": "order", "trained": TRAINED, "fingerprint": {"train": "t", "val": "v"}}
@@ -125,6 +127,19 @@ def test_a_sweep_of_which_nothing_finished_says_who_ended_how(tmp_path: Path) ->
     write_failure(tmp_path / "a", [], "too deep")
     report(tmp_path, Console(record=True, width=140))
     assert "- failed: a: too deep" in (tmp_path / "report.md").read_text()
+
+
+def test_a_report_that_cannot_be_written_is_said_and_fails_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hydra makes a warning of what a callback raises, and goes on."""
+    a_sweep(tmp_path, {"a": results(0.9)})
+    monkeypatch.setattr(SweepReport, "failed", False)
+    monkeypatch.setattr(SweepReport, "arms", [])
+    monkeypatch.setattr("deepstack_pl.cli.sweep.report", lambda *_: 1 / 0)
+    SweepReport().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    assert SweepReport.failed
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_failed_arm_is_listed_and_keeps_what_it_had_found(tmp_path: Path) -> None:

@@ -106,11 +106,8 @@ class Study:
         for arm in self.arms:
             if arm is self.against:
                 continue
-            seeds = sorted(arm.runs.keys() & self.against.runs.keys())
             try:
-                if not seeds:
-                    raise ValueError(f"no seed in common with {self.against.name}.")
-                ours, theirs = ({s: each.scores(s, kind) for s in seeds} for each in (arm, self.against))
+                ours, theirs = ({s: each.scores(s, kind) for s in each.runs} for each in (arm, self.against))
                 found[arm.name] = difference(ours, theirs)
             except (ValueError, OSError) as error:
                 found[arm.name] = str(error)
@@ -149,7 +146,11 @@ def read_study(folders: Sequence[Path], against: str | None = None) -> Study:
         arm = arms.setdefault(name, Arm(name, own))
         arm.runs[run["seed"]], arm.folders[run["seed"]] = run, folder
     ordered = list(arms.values())
-    kinds = sorted({kind for arm in ordered for run in arm.runs.values() for kind in run["metrics"]})
+    answered = [set(run["metrics"]) for _, run in done]
+    kinds = sorted(set.intersection(*answered))
+    left += [f"not compared: {kind}, which not every run was asked" for kind in sorted(set.union(*answered) - {*kinds})]
+    if not kinds:
+        raise ValueError("nothing to compare: no kind of facts was asked of every run. Give runs of one evaluation.")
     swept = swept_over(ordered)
     if swept is not None:
         ordered.sort(key=lambda arm: float(arm.words[swept]))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,9 +24,11 @@ class SweepReport(Callback):
 
     Attributes:
         arms: those of this process's newest sweep; other processes may have run them.
+        failed: its report could not be written.
     """
 
     arms: ClassVar[list[dict[str, Any]]] = []
+    failed: ClassVar[bool] = False
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not is_dry(config):
@@ -35,8 +38,12 @@ class SweepReport(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         console = Console()
         folder = Path(config.hydra.sweep.dir)
-        report(folder, console if console.is_terminal else Console(width=140))
         SweepReport.arms = read_arms(folder)
+        try:
+            report(folder, console if console.is_terminal else Console(width=140))
+        except Exception:  # Hydra would make a warning of it, and the sweep a success
+            traceback.print_exc()
+            SweepReport.failed = True
 
 
 def report(folder: Path, console: Console) -> None:

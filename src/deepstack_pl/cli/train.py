@@ -91,7 +91,7 @@ class Jobs:
 
     def _arm(self, composed: DictConfig, folder: Path, arm: list[str]) -> None:
         """One arm of a sweep; it never raises, so that Hydra goes on to the sweep's report."""
-        tried = str(composed.get("dry_run")).lower() != "false"  # nothing but the terminal hears of it
+        tried = points.is_dry(composed)
         if self.interrupted:
             if not (folder / RESULTS).is_file():  # else it was begun before, and says how far it came
                 self._leave_out(folder, arm, "the sweep was interrupted before it", "not started", tried)
@@ -164,10 +164,11 @@ def _main(conf: Path, argv: Sequence[str]) -> int:
 
             execute(resumed.run, resumed.folder, command, resumed=resumed)
             return 0
-        jobs, SweepReport.arms = Jobs(schema, command), []
+        jobs, SweepReport.arms, SweepReport.failed = Jobs(schema, command), [], False
         with _argv([*line.flags, *line.overrides, *_arm_names(overrides)]):
             _hydra(conf, jobs)
-        return jobs.stopped or int(jobs.failed or any(state(arm) == "failed" for arm in SweepReport.arms))
+        failed = jobs.failed or SweepReport.failed or any(state(arm) == "failed" for arm in SweepReport.arms)
+        return jobs.stopped or int(failed)
     except KeyboardInterrupt:
         print("stopped at once", file=sys.stderr)
         return 130
