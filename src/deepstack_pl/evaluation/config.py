@@ -1,6 +1,21 @@
 """How a run is evaluated. Loads without torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskConfig:
+    """One benchmark over local copies of its published files (docs/benchmarks.md has their layout)."""
+
+    task: str = "???"  # what reads and scores it: a name of evaluation.tasks
+    root: str = "???"  # the folder that holds its files
+    questions: list[str] = field(default_factory=list)  # in root
+    annotations: list[str] = field(default_factory=list)  # in root: answers, where questions are published without
+    images: str = "images"  # the folder of its pictures, in root
+    prompt: str = "{question}"  # what is asked, below the picture
+    ocr: bool = False  # the tokens that an OCR read off the picture, in the prompt (TextVQA)
+    max_new_tokens: int = 16
+    samples: int | None = None  # the first so many; null: all
 
 
 @dataclass(kw_only=True, slots=True)
@@ -12,3 +27,4 @@ class EvaluationConfig:
     batch_size: int = 64
     max_new_tokens: int = 48
     confidence: float = 0.95
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)  # benchmarks, beside the run's own validation samples

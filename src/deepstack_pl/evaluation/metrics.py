@@ -104,7 +104,7 @@ def wilson_interval(successes: float, trials: float, confidence: float) -> tuple
     return low, high
 
 
-def clustered_interval(right: Sequence[int], facts: Sequence[int], confidence: float) -> tuple[float, float]:
+def clustered_interval(right: Sequence[float], facts: Sequence[int], confidence: float) -> tuple[float, float]:
     """Wilson's interval for ``sum(right) / sum(facts)`` over samples that hold several facts each."""
     total = sum(facts)
     share = sum(right) / total
@@ -112,7 +112,7 @@ def clustered_interval(right: Sequence[int], facts: Sequence[int], confidence: f
     return wilson_interval(share * trials, trials, confidence)
 
 
-def effective_facts(right: Sequence[int], facts: Sequence[int]) -> float:
+def effective_facts(right: Sequence[float], facts: Sequence[int]) -> float:
     """As many independent facts as vary like these, and never more than there are."""
     samples, total = len(facts), sum(facts)
     share = sum(right) / total
