@@ -30,6 +30,7 @@ from deepstack_pl.data.folders import open_folder
 from deepstack_pl.data.pipeline import PipelineSource
 from deepstack_pl.data.records import Source
 from deepstack_pl.data.sources import ShardSource, open_sources
+from deepstack_pl.evaluation.benchmark import Benchmark
 from deepstack_pl.evaluation.callback import GenerationCallback
 from deepstack_pl.inspection.callback import InspectionCallback
 from deepstack_pl.language.config import LLMConfig, LLMInit, Size
@@ -189,6 +190,7 @@ def assemble(run: RunConfig, folder: Path, *, fresh: bool = True) -> Assembly:
     with in_turn():
         processor = make_processor(run, start)
         check_vocabulary(run, processor)
+        benchmarks = [Benchmark.open(name, task) for name, task in run.evaluation.tasks.items()]
         train, val = open_data(run)  # after what is quick to refuse: it may write a whole set
         lengths = lengths_of(train, processor, run)
     steps = settle_steps(run, train, lengths)
@@ -198,7 +200,7 @@ def assemble(run: RunConfig, folder: Path, *, fresh: bool = True) -> Assembly:
     module = DeepStackModule(build, run.stage, run.optim, steps)
     with in_turn():
         module.configure_model()
-    generation, stop = GenerationCallback(val, processor, run.evaluation), GracefulStop()
+    generation, stop = GenerationCallback(val, processor, run.evaluation, benchmarks=benchmarks), GracefulStop()
     inspection = InspectionCallback(processor, generation, config=as_text(run))
     guards = [FirstStepGuard(), stop, Watchdog(folder, run.strategy)]
     callbacks = [*machines(run, folder), *guards, generation, inspection, DataCounts()]

@@ -1,8 +1,8 @@
 """Where runs live: one folder each under ``outputs/``, and ``outputs/latest``, which names the newest."""
 
-import os
 from pathlib import Path
 
+from deepstack_pl.files import write_text
 from deepstack_pl.training import checkpoints
 from deepstack_pl.training.checkpoints import Checkpoint
 
@@ -16,17 +16,6 @@ def relative(path: Path | str) -> str:
     """``path`` as seen from here, where it lies below; results name no machine's folders."""
     whole, here = Path(path).resolve(), Path.cwd()
     return str(whole.relative_to(here)) if whole.is_relative_to(here) else str(path)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write ``file`` in one stroke: a reader finds the old text or the new, never half of one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def remember(folder: Path) -> None:

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepstack_pl.cli.folders import LATEST, newest, relative, write_text
+from deepstack_pl.cli.folders import LATEST, newest, relative
+from deepstack_pl.files import write_text
 
 if TYPE_CHECKING:
     from deepstack_pl.inspection.inside import Inside

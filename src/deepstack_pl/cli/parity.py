@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from deepstack_pl.cli.folders import write_text
+    from deepstack_pl.files import write_text
     from deepstack_pl.inspection.parity import cases_of, run_case
 
     # A table never loses a digit to a narrow window or a pipe.

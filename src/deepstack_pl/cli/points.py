@@ -10,11 +10,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from deepstack_pl.cli.folders import CONFIG, checkpoint_of, relative, write_text
+from deepstack_pl.cli.folders import CONFIG, checkpoint_of, relative
 from deepstack_pl.cli.report import read_results
 from deepstack_pl.cli.resume import FREE, Resumed
 from deepstack_pl.config.load import flat, load
 from deepstack_pl.config.run import RunConfig
+from deepstack_pl.files import write_text
 
 WORDS = "sweep.json"
 _DECIDES = ("trainer.max_steps", "evaluation")  # of what a run may change on its way, what decides its numbers

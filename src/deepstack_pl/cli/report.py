@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deepstack_pl.cli.folders import CHECKPOINTS, RESULTS, relative, write_text
+from deepstack_pl.cli.folders import CHECKPOINTS, RESULTS, relative
+from deepstack_pl.files import write_text
 from deepstack_pl.training.checkpoints import all_of
 
 

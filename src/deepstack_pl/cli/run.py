@@ -15,7 +15,8 @@ from deepstack_pl.cli import checks, provenance
 from deepstack_pl.cli.assemble import Assembly, assemble, device_of, model_builder, settle
 from deepstack_pl.cli.description import describe
 from deepstack_pl.cli.ending import ending_at_once, number_here
-from deepstack_pl.cli.folders import CONFIG, RECEIPT, checkpoint_of, claim, relative, remember, write_text
+from deepstack_pl.cli.evaluation import at_the_end
+from deepstack_pl.cli.folders import CONFIG, RECEIPT, checkpoint_of, claim, relative, remember
 from deepstack_pl.cli.launch import launch
 from deepstack_pl.cli.machines import require_device, require_group, started, wanted
 from deepstack_pl.cli.memory import print_memory
@@ -26,8 +27,9 @@ from deepstack_pl.cli.surroundings import bar_on, be_quiet, share_cores
 from deepstack_pl.cli.trial import one_step
 from deepstack_pl.config.load import flat, save
 from deepstack_pl.config.run import DryRun, RunConfig
-from deepstack_pl.evaluation.callback import log_results
+from deepstack_pl.evaluation.callback import log_benchmark, log_results
 from deepstack_pl.evaluation.runner import evaluate
+from deepstack_pl.files import write_text
 from deepstack_pl.inspection.hparams import log_hparams
 from deepstack_pl.inspection.record import Receipt
 from deepstack_pl.multimodal.config import build_plan
@@ -259,11 +261,16 @@ class _Run:
         network = self.work.module.to(self.work.trainer.strategy.root_device).network
         with bar_on(self.console) as progress:
             found = evaluate(network, self.work.processor, self.work.val, config, config.final_samples, progress)
+        asked = self.work.generation.benchmarks
+        benchmarks = at_the_end(self.folder, network, self.work.processor, asked, config, self.console, self.results)
         peaks = from_all(self.memory.peaks())
         if not self.first:
             return
         loggers = self.work.trainer.loggers
-        log_hparams(loggers, flat(self.run), log_results(loggers, found, self._step, prefix="final"))
+        logged = log_results(loggers, found, self._step, prefix="final")
+        for name, metrics in benchmarks.items():
+            logged += log_benchmark(loggers, name, metrics, self._step, prefix="final")
+        log_hparams(loggers, flat(self.run), logged)
         for logger in loggers:
             logger.finalize("success")  # these numbers come after Lightning's own
         (self.folder / "hparams.yaml").unlink(missing_ok=True)  # the TensorBoard logger's; config.yaml says it all
@@ -274,6 +281,7 @@ class _Run:
         most = {name: max(each.get(name, 0) for each in peaks) for name in peaks[0]}  # of any one process
         self.results |= {"status": status, "metrics": found.metrics, "peak_memory_bytes": most}
         self.results["not_asked"] = list(found.not_asked)
+        self.results |= {"benchmarks": benchmarks} if benchmarks else {}
         write_results(self.folder, self.results)
 
     def _say_how_to_go_on(self, ended: str) -> None:

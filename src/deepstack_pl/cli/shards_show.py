@@ -48,8 +48,9 @@ def run(run: RunConfig, own: dict[str, str]) -> int:
     from deepstack_pl.batch import Refused
     from deepstack_pl.cli.assemble import make_processor, settle
     from deepstack_pl.cli.checks import check_vocabulary
-    from deepstack_pl.cli.folders import OUTPUTS, relative, write_text
+    from deepstack_pl.cli.folders import OUTPUTS, relative
     from deepstack_pl.data.sources import open_sources
+    from deepstack_pl.files import write_text
     from deepstack_pl.inspection.anatomy import dissect
     from deepstack_pl.inspection.sample_page import refusal_page, sample_page
     from deepstack_pl.inspection.sample_text import print_refusal, print_sample

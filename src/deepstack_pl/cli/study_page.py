@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepstack_pl.cli.folders import relative, write_text
+from deepstack_pl.cli.folders import relative
 from deepstack_pl.cli.report import duration, share
+from deepstack_pl.files import write_text
 
 if TYPE_CHECKING:
     from deepstack_pl.cli.study import Arm, Study

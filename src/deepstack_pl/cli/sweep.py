@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from deepstack_pl.cli.arms import fairness, read_arms, state
-from deepstack_pl.cli.folders import discard_if_empty, relative, write_text
+from deepstack_pl.cli.folders import discard_if_empty, relative
 from deepstack_pl.cli.points import WORDS, is_dry, remember_words, words_of
 from deepstack_pl.cli.report import duration, interval_of, share
+from deepstack_pl.files import write_text
 
 _HEAD = ("arm", "context tokens", "seen tokens", "parameters", "training")
 

@@ -3,16 +3,13 @@
 Nothing heavy is imported before a run really starts, so that ``--help`` and ``--cfg job`` are instant.
 """
 
-import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
@@ -20,6 +17,7 @@ from omegaconf import DictConfig
 
 from deepstack_pl.cli import points, resume
 from deepstack_pl.cli.arms import state
+from deepstack_pl.cli.command_line import CommandLine, call_hydra, folders
 from deepstack_pl.cli.ending import end_now, ending_at_once, together, wait_to_speak
 from deepstack_pl.cli.folders import RESULTS, discard_if_empty
 from deepstack_pl.cli.sweep import SweepReport
@@ -28,37 +26,6 @@ from deepstack_pl.config.load import from_hydra, register
 from deepstack_pl.config.overrides import check, parse
 from deepstack_pl.config.schema import Schema
 from deepstack_pl.training.config import PREEMPTED
-
-# Hydra's flags that take a value: what follows one is no override.
-_VALUED = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
-
-
-@dataclass
-class CommandLine:
-    """Flags and overrides, apart, so that they may be typed in any order."""
-
-    flags: list[str] = field(default_factory=list)
-    overrides: list[str] = field(default_factory=list)
-
-    @classmethod
-    def read(cls, argv: Sequence[str]) -> "CommandLine":
-        line, words = cls(), iter(argv)
-        for word in words:
-            if not word.startswith("-"):
-                line.overrides.append(word)
-                continue
-            line.flags.append(word)
-            if word in _VALUED:
-                line.flags += [value for value in [next(words, None)] if value is not None]
-        return line
-
-    def value(self, *names: str) -> str | None:
-        """The value of a flag, as ``--name VALUE`` or ``--name=VALUE``."""
-        for place, word in enumerate(self.flags):
-            name, _, value = word.partition("=")
-            if name in names:
-                return value or (self.flags[place + 1] if place + 1 < len(self.flags) else None)
-        return None
 
 
 @dataclass
@@ -147,7 +114,7 @@ def main(conf: Path, argv: Sequence[str]) -> int:
 def _main(conf: Path, argv: Sequence[str]) -> int:
     line, command = CommandLine.read(argv), shlex.join(["python", "train.py", *argv])
     register()
-    schema = Schema(_folders(conf, line))
+    schema = Schema(folders(conf, line))
     try:
         _refuse_sweep_in_group(line)
         schema.refuse_namesakes()
@@ -165,8 +132,7 @@ def _main(conf: Path, argv: Sequence[str]) -> int:
             execute(resumed.run, resumed.folder, command, resumed=resumed)
             return 0
         jobs, SweepReport.arms, SweepReport.failed = Jobs(schema, command), [], False
-        with _argv([*line.flags, *line.overrides, *_arm_names(overrides)]):
-            _hydra(conf, jobs)
+        call_hydra(conf, "train", [*line.flags, *line.overrides, *_arm_names(overrides)], jobs)
         failed = jobs.failed or SweepReport.failed or any(state(arm) == "failed" for arm in SweepReport.arms)
         return jobs.stopped or int(failed)
     except KeyboardInterrupt:
@@ -208,33 +174,3 @@ def _arm_names(overrides: Sequence[Override]) -> list[str]:
     common = [o.key_or_group for o in overrides if not o.is_sweep_override()]
     swept = len(common) < len(overrides) or "experiment" in common
     return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(common)}]"] if common and swept else []
-
-
-def _hydra(conf: Path, jobs: Callable[[DictConfig], None]) -> None:
-    def train(composed: DictConfig) -> None:
-        jobs(composed)
-
-    hydra.main(version_base="1.3", config_path=str(conf), config_name="train")(train)()
-
-
-def _folders(conf: Path, line: CommandLine) -> tuple[Path, ...]:
-    """Where options are read from: the project's conf/, and the user's own folder."""
-    own = line.value("--config-dir", "-cd")
-    if own is not None and not Path(own).is_dir():
-        raise SystemExit(f"--config-dir {own}: there is no such folder.")
-    return (conf, Path(own).resolve()) if own else (conf,)
-
-
-@contextmanager
-def _argv(words: list[str]) -> Iterator[None]:
-    """Hydra reads ``sys.argv``, and prints errors itself unless told to hand them on."""
-    argv, told = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = [argv[0], *words], "1"
-    try:
-        yield
-    finally:
-        sys.argv = argv
-        if told is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = told

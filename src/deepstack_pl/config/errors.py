@@ -12,7 +12,6 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from deepstack_pl.config.overrides import near, unknown_key
-from deepstack_pl.config.run import RunConfig
 from deepstack_pl.config.schema import Schema
 
 _IN_FILE = re.compile(
@@ -72,7 +71,9 @@ def _composition(error: HydraException, schema: Schema) -> str:
     in_file = _IN_FILE.match(str(error))
     if in_file:
         says, key = in_file["says"], in_file["key"] or ""
-        item = "." not in key and "object_type=RunConfig" not in str(error)  # of a list: the key lacks its path
+        item = "." not in key and f"object_type={schema.root.__name__}" not in str(
+            error
+        )  # of a list: the key lacks its path
         return f"conf's {in_file['file']}: {says if item else _value(says, key, None, schema)}"
     return " ".join(str(error).split())
 
@@ -96,7 +97,7 @@ def _value(says: str, key: str, owner: Any, schema: Schema) -> str:
 
 
 def _no_such_key(key: str, owner: Any, schema: Schema) -> str:
-    if "." in key or owner is RunConfig or not is_dataclass(owner):
+    if "." in key or owner is schema.root or not is_dataclass(owner):
         return unknown_key(key, schema)
     known = [field.name for field in fields(owner)]  # an item of a list: OmegaConf gives its key without the path
     hint = near(key, known)

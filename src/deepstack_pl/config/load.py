@@ -2,19 +2,24 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from yaml import YAMLError
 
+from deepstack_pl.config.evaluate import EvaluateConfig
+from deepstack_pl.config.evaluate import check as check_evaluate
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.config.values import check
 
+T = TypeVar("T")
+
 
 def register() -> None:
-    """Make ``run``, the schema of the whole tree, known to Hydra: the first entry of every primary's defaults."""
+    """Make the schemas of whole trees known to Hydra: the first entry of a primary's defaults."""
     ConfigStore.instance().store(name="run", node=RunConfig)
+    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
 
 def from_hydra(composed: DictConfig | ListConfig, files: Mapping[str, str] | None = None) -> RunConfig:
@@ -26,16 +31,27 @@ def from_hydra(composed: DictConfig | ListConfig, files: Mapping[str, str] | Non
         omegaconf.errors.OmegaConfBaseException: an unknown key, a value of another type, one that is missing.
         ValueError: values that do not go together.
     """
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ValueError(_not_given(missing, files or {}))
-    values = OmegaConf.to_container(composed)
-    assert isinstance(values, dict)
-    merged = OmegaConf.merge(OmegaConf.structured(RunConfig), values)
-    run = OmegaConf.to_object(merged)
-    assert isinstance(run, RunConfig)
+    run = _typed(composed, RunConfig, files or {})
     check(run)
     return run
+
+
+def evaluate_from_hydra(composed: DictConfig | ListConfig) -> EvaluateConfig:
+    """As `from_hydra`, of ``python evaluate.py``."""
+    config = _typed(composed, EvaluateConfig, {})
+    check_evaluate(config)
+    return config
+
+
+def _typed(composed: DictConfig | ListConfig, cls: type[T], files: Mapping[str, str]) -> T:
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ValueError(_not_given(missing, files))
+    values = OmegaConf.to_container(composed)
+    assert isinstance(values, dict)
+    found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+    assert isinstance(found, cls)
+    return found
 
 
 def save(run: RunConfig, file: Path) -> None:

@@ -22,14 +22,15 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Schema:
-    """``RunConfig`` and the folders that options are read from; the user's own come after the project's."""
+    """The typed tree, and the folders that options are read from; the user's own come after the project's."""
 
     folders: tuple[Path, ...]
+    root: type = RunConfig
 
     @cached_property
     def kinds(self) -> dict[str, Kind]:
         """Every typed key by its dotted path."""
-        return dict(_walk(RunConfig, ""))
+        return dict(_walk(self.root, ""))
 
     def below(self, section: str) -> list[str]:
         """The known keys directly under ``section`` ("": the top), by full path."""
@@ -42,11 +43,15 @@ class Schema:
     def groups(self) -> list[str]:
         """Groups of options, by name; ``experiment`` is one."""
         found = {p.name for folder in self.folders for p in folder.iterdir() if p.is_dir() and any(p.glob("*.yaml"))}
-        return sorted(found - {"hydra"})
+        return sorted(found & {*self.below(""), *(("experiment",) if self.root is RunConfig else ())})
 
     def options(self, group: str) -> list[str]:
-        """The options of ``group``, by name."""
-        return sorted({p.stem for folder in self.folders for p in (folder / group).glob("*.yaml")})
+        """The options of ``group``, by name; of a tree that shares its groups with a run's, those it has room for."""
+        files = {p for folder in self.folders for p in (folder / group).glob("*.yaml")}
+        if self.root is not RunConfig:
+            room = {key.rpartition(".")[2] for key in self.kinds if key.startswith(f"{group}.")}
+            files = {p for p in files if room >= {*_keys(_read(p))}}
+        return sorted({p.stem for p in files})
 
     def files(self, choices: Mapping[str, Any]) -> dict[str, str]:
         """The file of each option in ``choices`` (group: option), where it is one of ours to mend."""

@@ -1,6 +1,6 @@
 """Validation during training: by generation, as the last evaluation will be."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import lightning
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from deepstack_pl.batch import Record
 from deepstack_pl.data.sources import Source
+from deepstack_pl.evaluation.answers import ALL
+from deepstack_pl.evaluation.asking import ask
+from deepstack_pl.evaluation.benchmark import Benchmark
 from deepstack_pl.evaluation.config import EvaluationConfig
 from deepstack_pl.evaluation.runner import Results, SampleResult, evaluate, require_room
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
@@ -24,24 +27,32 @@ class Trained(Protocol):
 
 
 class GenerationCallback(lightning.Callback):
-    """Evaluates ``source`` every ``config.every_steps`` optimiser steps (0: never) and logs accuracy by kind.
+    """Evaluates ``source``, and the first questions of ``benchmarks``, every ``config.every_steps`` optimiser steps (0:
+    never) and logs what was found by kind.
 
     Attributes:
         last_step: the step of the newest validation; -1 before the first.
         last_results: what it found.
-        history: each validation's step and, by kind, its accuracy: a learning curve.
+        history: each validation's step and, by kind or benchmark, its accuracy: a learning curve.
         not_asked: of the samples that evaluation looks at, why some cannot be asked.
         pages: a few of its samples, of every kind, for pictures: what was asked, and what came.
     """
 
     def __init__(
-        self, source: Source, processor: DeepStackProcessor, config: EvaluationConfig, *, pages_per_kind: int = 2
+        self,
+        source: Source,
+        processor: DeepStackProcessor,
+        config: EvaluationConfig,
+        *,
+        benchmarks: Sequence[Benchmark] = (),
+        pages_per_kind: int = 2,
     ) -> None:
         if config.every_steps < 0:
             raise ValueError(f"evaluation.every_steps={config.every_steps}: use 0 for never, or 1 and more.")
         self.source = source
         self.processor = processor
         self.config = config
+        self.benchmarks = benchmarks
         self.pages_per_kind = pages_per_kind
         self.last_step = -1
         self.last_results: Results | None = None
@@ -74,8 +85,15 @@ class GenerationCallback(lightning.Callback):
         results = evaluate(network_of(pl_module), self.processor, self.source, self.config, self.config.samples)
         self.keep(results)
         accuracy = {kind: values["accuracy"] for kind, values in results.metrics.items()}
-        self.history.append({"step": step, **accuracy})
         log_results(trainer.loggers, results, step)
+        for benchmark in self.benchmarks:
+            network = network_of(pl_module)
+            lines = ask(network, self.processor, benchmark, self.config, first=self.config.samples)
+            metrics = benchmark.metrics(lines, self.config.confidence)
+            log_benchmark(trainer.loggers, benchmark.name, metrics, step)
+            accuracy[benchmark.name] = next(iter(metrics[ALL].values()))
+            self.pages += [benchmark.page(line) for line in lines[: self.pages_per_kind]]
+        self.history.append({"step": step, **accuracy})
         for kind, value in accuracy.items():
             pl_module.log(kind, value, prog_bar=True, logger=False, batch_size=1)
 
@@ -96,6 +114,21 @@ def log_results(loggers: Iterable[Logger], results: Results, step: int, prefix: 
         f"{prefix}/{kind}/{name}": found[name]
         for kind, found in results.metrics.items()
         for name in ("accuracy", "exact_match")
+    }
+    for logger in loggers:
+        logger.log_metrics(values, step=step)
+    return list(values)
+
+
+def log_benchmark(
+    loggers: Iterable[Logger], name: str, metrics: Mapping[str, Mapping[str, Any]], step: int, prefix: str = "val"
+) -> list[str]:
+    """``<prefix>/<benchmark>/<kind>/<metric>`` to every logger; the names."""
+    values = {
+        f"{prefix}/{name}/{kind}/{metric}": value
+        for kind, found in metrics.items()
+        for metric, value in found.items()
+        if isinstance(value, float)
     }
     for logger in loggers:
         logger.log_metrics(values, step=step)

@@ -19,12 +19,20 @@ class TaskConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class EvaluationConfig:
-    name: str = "???"
-    every_steps: int = 100  # validation by generation during training; 0: only at the end
-    samples: int = 128  # samples of a validation during training
-    final_samples: int = 512  # samples of the last one, which results.json reports
+class TasksConfig:
+    """Which benchmarks, and how they are asked."""
+
     batch_size: int = 64
-    max_new_tokens: int = 48
     confidence: float = 0.95
-    tasks: dict[str, TaskConfig] = field(default_factory=dict)  # benchmarks, beside the run's own validation samples
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)  # by the name that results have
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig(TasksConfig):
+    """The evaluation of a run that trains: of its own validation samples, and of benchmarks."""
+
+    name: str = ""
+    every_steps: int = 100  # validation by generation during training; 0: only at the end
+    samples: int = 128  # samples of a validation during training, of each benchmark too
+    final_samples: int = 512  # its own samples in the last one, which results.json reports; benchmarks are asked whole
+    max_new_tokens: int = 48

@@ -1,7 +1,8 @@
 """Evaluation by generation: greedy answers, scored fact by fact. Works wherever the model is."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -61,6 +62,8 @@ def evaluate(
     config: EvaluationConfig,
     samples: int,
     progress: Progress | None = None,
+    *,
+    injections: bool = True,
 ) -> Results:
     """Answer the first ``samples`` samples of ``source`` and score them, but for those that cannot be asked. Uses no
     random numbers; leaves modes alone. Processes share the batches, and all get all results.
@@ -75,24 +78,23 @@ def evaluate(
             f"holds {len(source)}. Both numbers and the source's length must be at least 1."
         )
     task = progress.add_task("evaluating", total=count) if progress else None
+    stops = stop_ids(processor)
     records: list[SampleResult] = []
-    left, stops = [], stop_ids(processor)
-    with whole(model), evaluating(model):
-        for start in range(rank() * config.batch_size, count, world() * config.batch_size):
-            indices = range(start, min(start + config.batch_size, count))
-            batch: list[tuple[int, Record]] = []
-            for index in indices:
-                record = source[index]
-                why = not_asked(processor, record, config, stops)
-                if why is None:
-                    batch.append((index, record))
-                else:
-                    left.append(why)
-            if batch:
-                predictions = generate(model, processor, [record for _, record in batch], config.max_new_tokens)
-                records += [_result(*each, answer) for each, answer in zip(batch, predictions, strict=True)]
-            if progress and task is not None:
-                progress.advance(task, len(indices))
+    left: list[str] = []
+    for batch in answers(
+        model,
+        processor,
+        source.__getitem__,
+        range(count),
+        refuse=lambda record: not_asked(processor, record, config, stops),
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        injections=injections,
+    ):
+        records += [_result(each.index, each.record, each.text) for each in batch if each.not_asked is None]
+        left += [each.not_asked for each in batch if each.not_asked is not None]
+        if progress and task is not None:
+            progress.advance(task, len(batch))
     records = sorted((r for each in from_all(records) for r in each), key=lambda record: record.index)
     left = [why for each in from_all(left) for why in each]
     if not records:
@@ -104,14 +106,65 @@ def evaluate(
     return Results(metric.compute(), tuple(records), tuple(left))
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of one question; ``not_asked`` says why nothing did."""
+
+    index: int
+    record: Record
+    text: str
+    not_asked: str | None
+
+
+def answers(
+    model: DeepStackForConditionalGeneration,
+    processor: DeepStackProcessor,
+    read: Callable[[int], Record],
+    indices: Sequence[int],
+    *,
+    refuse: Callable[[Record], str | None],
+    batch_size: int,
+    max_new_tokens: int,
+    injections: bool = True,
+) -> Iterator[list[Answer]]:
+    """Greedy answers to this process's share of the questions, batch by batch; while one is answered, the next is read.
+
+    Leaves the modes of ``model`` alone. All processes must call it, and go through all that it gives.
+    """
+    batches = [indices[at : at + batch_size] for at in range(0, len(indices), batch_size)][rank() :: world()]
+
+    def prepare(batch: Sequence[int]) -> list[tuple[int, Record, str | None]]:
+        records = [(index, read(index)) for index in batch]
+        return [(index, record, refuse(record)) for index, record in records]
+
+    with whole(model), evaluating(model), ThreadPoolExecutor(1) as reader:
+        coming = [reader.submit(prepare, batch) for batch in batches[:1]]
+        for place in range(len(batches)):
+            ready = coming.pop().result()
+            coming = [reader.submit(prepare, batch) for batch in batches[place + 1 : place + 2]]
+            asked = [record for _, record, why in ready if why is None]
+            said = iter(generate(model, processor, asked, max_new_tokens, injections=injections) if asked else [])
+            yield [Answer(index, record, next(said) if why is None else "", why) for index, record, why in ready]
+
+
 def generate(
-    model: DeepStackForConditionalGeneration, processor: DeepStackProcessor, records: list[Record], max_new_tokens: int
+    model: DeepStackForConditionalGeneration,
+    processor: DeepStackProcessor,
+    records: list[Record],
+    max_new_tokens: int,
+    *,
+    injections: bool = True,
 ) -> list[str]:
-    """Greedy answers to ``records``, in one batch; the answers they hold are not shown to the model."""
+    """Greedy answers to ``records``, in one batch; the answers they hold are not shown to the model. Without
+    ``injections`` the same model sees what stands in the text alone.
+    """
     batch = processor.collate([processor.prompt(record) for record in records], PadSide.left).to(model.device)
+    inputs = generation_inputs(batch)
+    if not injections:
+        inputs |= {name: torch.full_like(inputs[name], -1) for name in ("group_rows", "vit_rows")}
     generator: Any = model  # transformers types generate() for a protocol that its own models do not meet
     ids = generator.generate(
-        **generation_inputs(batch),
+        **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         synced_gpus=False,  # processes answer different questions, each with the whole model
@@ -131,13 +184,9 @@ def not_asked(processor: DeepStackProcessor, record: Record, config: EvaluationC
     short, and so score it wrong. None where it can.
     """
     _answer(record)
-    ids = encode_prompt(record.turns[:-1], processor.template, processor.tokenizer)
-    most = processor.plan.context_tokens(processor.tokens_per_view)
-    if len(ids) + len(record.images) * (most - 1) > processor.max_length:
-        try:
-            processor.prompt(record)  # the others cost nothing but their ids
-        except ValueError as error:
-            return str(error)
+    too_long = no_room(processor, record)
+    if too_long is not None:
+        return too_long
     length = _answer_length(processor, record, stops)
     if length > config.max_new_tokens:
         return (
@@ -145,6 +194,19 @@ def not_asked(processor: DeepStackProcessor, record: Record, config: EvaluationC
             f"{config.max_new_tokens}: a right answer would be cut short and scored as wrong. Set "
             f"evaluation.max_new_tokens={length} or more to ask it."
         )
+    return None
+
+
+def no_room(processor: DeepStackProcessor, record: Record) -> str | None:
+    """Why the question of ``record`` is too long to be asked; None where it is not."""
+    turns = record.turns[:-1] if record.turns[-1].role is Role.assistant else record.turns
+    ids = encode_prompt(turns, processor.template, processor.tokenizer)
+    most = processor.plan.context_tokens(processor.tokens_per_view)
+    if len(ids) + len(record.images) * (most - 1) > processor.max_length:
+        try:
+            processor.prompt(record)  # the others cost nothing but their ids
+        except ValueError as error:
+            return str(error)
     return None
 
 

@@ -19,7 +19,7 @@ class Question:
         image: its picture's file, below the task's folder of pictures.
         prompt: all that is asked, below the picture.
         answers: what is right, as published.
-        kind: the published part it belongs to (ChartQA's human and augmented, POPE's three samplings, SEED's abilities).
+        kind: the published part it belongs to: ChartQA's human and augmented, POPE's samplings, SEED's abilities.
         choices: the options of a multiple choice, in order; the answer is a letter, A for the first.
     """
 

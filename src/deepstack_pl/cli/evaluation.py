@@ -1,0 +1,270 @@
+"""A model asked benchmarks, or its run's own held-out samples: what ``python evaluate.py`` does."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from deepstack_pl import processes
+from deepstack_pl.cli.export import require_finished
+from deepstack_pl.cli.folders import CONFIG, LATEST, RESULTS, newest, relative
+from deepstack_pl.cli.machines import started
+from deepstack_pl.cli.provenance import device_name, git, versions, without_passwords
+from deepstack_pl.cli.report import share
+from deepstack_pl.cli.surroundings import bar_on, be_quiet
+from deepstack_pl.config.evaluate import EvaluateConfig
+from deepstack_pl.config.load import load
+from deepstack_pl.data.sources import open_sources
+from deepstack_pl.evaluation.asking import ask_and_keep
+from deepstack_pl.evaluation.benchmark import Benchmark
+from deepstack_pl.evaluation.config import TasksConfig
+from deepstack_pl.evaluation.kept import Others
+from deepstack_pl.evaluation.metrics import interval_name
+from deepstack_pl.evaluation.runner import evaluate
+from deepstack_pl.files import write_text
+from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.multimodal.processor import DeepStackProcessor
+from deepstack_pl.processes import from_first, rank
+
+FOLDER = "evaluation"  # in a run's folder
+HELD_OUT = "held_out"  # the run's own samples, which it was not trained on
+_TIMEOUT = 3600.0  # seconds that one process waits for another: shares of a benchmark take unequally long
+_MAKERS = ("torch", "transformers", "open_clip", "pillow", "deepstack_pl")  # whose version may change an answer
+
+
+def execute(config: EvaluateConfig, command: str) -> None:
+    """Ask, score, keep and report.
+
+    Raises:
+        ValueError: something that the user can mend.
+    """
+    folder = newest() if Path(config.ckpt).absolute() == LATEST.absolute() else Path(config.ckpt)
+    require_finished(folder)
+    device = _device(config)
+    if started():
+        processes.join(_TIMEOUT, device)
+    console = Console(quiet=rank() > 0, soft_wrap=True, highlight=False)
+    be_quiet()
+    benchmarks = [Benchmark.open(name, task) for name, task in config.evaluation.tasks.items()]
+    for benchmark in benchmarks:
+        console.print(benchmark.describe(), markup=False)
+    model, processor = _load(folder, config, device)
+    made_by = from_first(made_by_model(folder, model) if rank() == 0 else {})
+    facts: dict[str, Any] = {"ckpt": relative(folder), "command": without_passwords(command)}
+    facts |= {"git": git(), "device": device_name(device)}
+    where = Path(config.to) if config.to else folder / FOLDER
+    if not benchmarks:
+        _held_out(config, folder, where, model, processor, {**made_by, **facts}, console)
+    ask_benchmarks(
+        model,
+        processor,
+        benchmarks,
+        config.evaluation,
+        where,
+        console,
+        made_by=made_by,
+        facts=facts,
+        others=Others.all_renamed if config.fresh else Others.refused,
+        injections=config.injections,
+    )
+
+
+def at_the_end(
+    folder: Path,
+    network: DeepStackForConditionalGeneration,
+    processor: DeepStackProcessor,
+    benchmarks: Sequence[Benchmark],
+    config: TasksConfig,
+    console: Console,
+    results: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """What benchmarks say of a run that has trained, kept as evaluate.py keeps it; what earlier weights of it answered
+    gets another name. ``results`` are the run's.
+    """
+    if not benchmarks:
+        return {}
+    made_by = from_first(made_by_model(folder, network) if rank() == 0 else {})
+    facts = {"ckpt": relative(folder), "command": results["starts"][-1]["command"]}
+    facts |= {name: results[name] for name in ("device", "git")}
+    return ask_benchmarks(
+        network,
+        processor,
+        benchmarks,
+        config,
+        folder / FOLDER,
+        console,
+        made_by=made_by,
+        facts=facts,
+        others=Others.renamed,
+    )
+
+
+def ask_benchmarks(
+    model: DeepStackForConditionalGeneration,
+    processor: DeepStackProcessor,
+    benchmarks: Sequence[Benchmark],
+    config: TasksConfig,
+    where: Path,
+    console: Console,
+    *,
+    made_by: dict[str, Any],
+    facts: dict[str, Any],
+    others: Others = Others.refused,
+    injections: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Ask all, keep each in a folder of its own in ``where`` and say what was found; by name, its numbers."""
+    metrics: dict[str, dict[str, Any]] = {}
+    for benchmark in benchmarks:
+        place = where / _name(benchmark.name, injections)
+        with bar_on(console) as progress:
+            advance = _advance(progress, benchmark)
+            found = ask_and_keep(
+                model,
+                processor,
+                benchmark,
+                config,
+                place,
+                made_by=made_by,
+                facts=facts,
+                others=others,
+                injections=injections,
+                advance=advance,
+                say=lambda text: console.print(text, markup=False),
+            )
+        console.print(metrics_table(found))
+        for line in notes(found):
+            console.print(line, markup=False)
+        console.print(f"results.json, records.jsonl: {relative(place)}", markup=False)
+        metrics[benchmark.name] = found["metrics"]
+    return metrics
+
+
+def metrics_table(found: dict[str, Any]) -> Table:
+    """The numbers of one benchmark, of all its samples and by kind."""
+    table = Table(title=found["name"])
+    names = [name for name, value in next(iter(found["metrics"].values())).items() if not isinstance(value, list)]
+    for name in ("", *names):
+        table.add_column(name.replace("_", " "), justify="right" if name else "left")
+    for kind, values in found["metrics"].items():
+        interval = next((value for value in values.values() if isinstance(value, list)), None)
+        cells = [f"{values[name]:,}" if isinstance(values[name], int) else share(values[name]) for name in names]
+        first = values[names[0]]
+        if interval and isinstance(first, float):
+            cells[0] = share(first, interval)
+        table.add_row(kind, *cells)
+    return table
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """What a reader of the numbers must know."""
+    left = found.get("not_asked", [])
+    lines = [f"{len(left)} questions were not asked and count as not answered. {left[0]}"] if left else []
+    if not found["injections"]:
+        lines.append("injections=false: nothing was stacked")
+    return lines
+
+
+def _advance(progress: Progress | None, benchmark: Benchmark) -> Callable[[int], None]:
+    if progress is None:
+        return lambda count: None
+    return partial(progress.advance, progress.add_task(benchmark.name, total=len(benchmark)))
+
+
+def _name(name: str, injections: bool) -> str:
+    return name if injections else f"{name}-no_injections"
+
+
+def _device(config: EvaluateConfig) -> torch.device:
+    there = torch.cuda.is_available()
+    if config.device == "cuda" and not there:
+        raise ValueError("device=cuda, but torch finds no GPU here. Say device=cpu, or leave it out.")
+    if config.device == "cpu" or not there:
+        return torch.device("cpu")
+    number, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= here:
+        raise ValueError(f"process {number} of this machine takes a GPU of its own, but there are {here}. Start fewer.")
+    return torch.device("cuda", number)
+
+
+def _load(
+    folder: Path, config: EvaluateConfig, device: torch.device
+) -> tuple[DeepStackForConditionalGeneration, DeepStackProcessor]:
+    options: dict[str, Any] = {}
+    if config.dtype is not None:
+        options["dtype"] = getattr(torch, config.dtype.value)
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention.value
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no model lies there (config.json is missing). Name a finished run's folder.")
+    model = DeepStackForConditionalGeneration.from_pretrained(folder, **options)
+    return model.to(device).eval(), DeepStackProcessor.from_pretrained(folder)
+
+
+def made_by_model(folder: Path, model: DeepStackForConditionalGeneration) -> dict[str, Any]:
+    """What answers depend on beside the questions: every byte of the model, and what computes."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer*")]):
+        with file.open("rb") as opened:
+            digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    known = versions()
+    return {
+        "model": digest.hexdigest()[:16],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device_type": model.device.type,
+        "versions": {name: known[name] for name in _MAKERS},
+    }
+
+
+def _held_out(
+    config: EvaluateConfig,
+    folder: Path,
+    where: Path,
+    model: DeepStackForConditionalGeneration,
+    processor: DeepStackProcessor,
+    facts: dict[str, Any],
+    console: Console,
+) -> None:
+    """The samples that the run kept from training, as its own last evaluation asked them."""
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} is no run of train.py, and has no held-out samples of its own. Say which benchmarks to ask: "
+            "'evaluation=[textvqa,docvqa]'; python evaluate.py --help names all."
+        )
+    run = load(folder / CONFIG, [])
+    source = open_sources(run.data)[1]
+    console.print(f"held out: {source.describe()}", markup=False)
+    start = time.perf_counter()
+    with bar_on(console) as progress:
+        its = run.evaluation
+        found = evaluate(model, processor, source, its, its.final_samples, progress, injections=config.injections)
+    if rank():
+        return
+    place = where / _name(HELD_OUT, config.injections)
+    lines = [json.dumps(record.to_dict(), ensure_ascii=False) for record in found.records]
+    write_text(place / "predictions.jsonl", "\n".join(lines) + "\n")
+    results = {
+        "name": HELD_OUT,
+        "metrics": found.metrics,
+        "fingerprint": source.fingerprint,
+        "injections": config.injections,
+        "not_asked": list(found.not_asked),
+        "seconds": time.perf_counter() - start,
+        **facts,
+    }
+    write_text(place / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    interval = interval_name(its.confidence)
+    for kind, values in found.metrics.items():
+        said = share(values["accuracy"], values[interval])
+        console.print(f"{kind}: {said} of {values['facts']:,} facts", markup=False)
+    for line in notes(results):
+        console.print(line, markup=False)
+    console.print(f"results.json, predictions.jsonl: {relative(place)}", markup=False)
