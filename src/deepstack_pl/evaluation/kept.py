@@ -46,8 +46,8 @@ class Kept:
             self._claim = None
 
     def begin(self, identity: Mapping[str, Any], others: Others = Others.refused) -> Path | None:
-        """Claim the folder until `close`, and make it that of ``identity``, or see that it is; what is renamed lies where
-        the path that is returned says. The first of all processes alone calls it.
+        """Claim the folder until `close`, and make it that of ``identity``, or see that it is. What had to make room is
+        where the path that is returned says. The first of all processes alone calls it.
 
         Raises:
             ValueError: it holds answers that something else made, or another program writes there.

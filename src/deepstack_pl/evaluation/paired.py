@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-Scores = Mapping[str, tuple[int, int]]  # of a run, by sample: right facts, and facts
+Scores = Mapping[str, tuple[float, int]]  # of a run, by sample: how much is right, of how much
 _CHUNK = 1 << 22  # numbers drawn at once
 
 

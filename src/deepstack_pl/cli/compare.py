@@ -1,0 +1,205 @@
+"""``deepstack compare A B``: two models on the same questions, sample by sample, as a page with the pictures."""
+
+import argparse
+import base64
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepstack_pl.cli.folders import LATEST, newest, relative
+from deepstack_pl.cli.report import share
+from deepstack_pl.files import write_text
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from deepstack_pl.evaluation.scored import Answered, Pair, Row, Scored
+
+HELP = "two evaluated runs, sample by sample: differences, and what flipped"
+FOLDER, HELD_OUT = "evaluation", "held_out"  # see cli.evaluation, which loads torch
+_SIDE = 900  # pixels of a picture's longer side in the page
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.description = (
+        "Compares what two runs answered in training's last evaluation and by evaluate.py: paired differences with "
+        "intervals and p-values, and the samples where one is better, with their pictures. A and B are runs' folders, "
+        "or those of one evaluation each (RUN/evaluation/textvqa)."
+    )
+    parser.epilog = "example: deepstack compare outputs/A outputs/B"
+    parser.add_argument("a", metavar="A", type=Path)
+    parser.add_argument("b", metavar="B", type=Path)
+    parser.add_argument("--show", type=int, default=25, metavar="N", help="samples each way with pictures; default: 25")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="default: compare/ in A's folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print and write the page; the exit status.
+
+    Raises:
+        ValueError: there is nothing that both answered.
+    """
+    from jinja2 import Environment, PackageLoader
+    from rich.console import Console
+
+    if args.show < 0:
+        raise ValueError(f"--show {args.show}: so many samples, 0 or more.")
+    a, b = (newest() if folder.absolute() == LATEST.absolute() else folder for folder in (args.a, args.b))
+    pairs, notes = _pairs(a, b)
+    console = Console(soft_wrap=True, highlight=False)
+    for each in pairs:
+        console.print(_table(each))
+        for line in each.notes:
+            console.print(line, markup=False)
+    for line in notes:
+        console.print(line, markup=False)
+    folder = args.to or a / "compare"
+    file = folder / f"{_slug(a)}--{_slug(b)}.html"
+    pages = Environment(loader=PackageLoader("deepstack_pl.cli", "pages"), autoescape=True)
+    shown = [_shown(each, args.show) for each in pairs]
+    text = pages.get_template("compare.html").render(a=relative(a), b=relative(b), pairs=shown, notes=notes)
+    write_text(file, text)
+    console.print(f"page: {relative(file)}", markup=False)
+    return 0
+
+
+def _pairs(a: Path, b: Path) -> "tuple[list[Pair], list[str]]":
+    """All that both answered, and a sentence for what one alone did."""
+    from deepstack_pl.evaluation.scored import pair
+
+    ours, theirs = _answered(a), _answered(b)
+    single = (a / "results.json", b / "results.json")
+    if len(ours) == len(theirs) == 1 and not any((file.parent / "config.yaml").is_file() for file in single):
+        ours, theirs = ({"": each} for each in (*ours.values(), *theirs.values()))
+    both = [name for name in ours if name in theirs]
+    notes = [f"not compared: {name}, which {a} alone answered" for name in ours if name not in theirs]
+    notes += [f"not compared: {name}, which {b} alone answered" for name in theirs if name not in ours]
+    if not both:
+        raise ValueError(
+            f"nothing to compare: {a} answered {', '.join(ours) or 'nothing'}, {b} {', '.join(theirs) or 'nothing'}. "
+            "Ask both the same: python evaluate.py ckpt=RUN 'evaluation=[...]'."
+        )
+    return [pair(ours[name], theirs[name]) for name in both], notes
+
+
+def _answered(folder: Path) -> "dict[str, Answered]":
+    """By name, what was answered in ``folder``: a run's, or that of one evaluation."""
+    from deepstack_pl.evaluation.scored import PREDICTIONS, RECORDS, read_answered
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder. Give a run's, or that of one of its evaluations.")
+    if (folder / RECORDS).is_file():
+        found = read_answered(folder)
+        return {found.name: found}
+    places = {HELD_OUT: folder} if (folder / PREDICTIONS).is_file() else {}
+    for place in sorted((folder / FOLDER).glob("*")):
+        if (place / RECORDS).is_file() or (place / PREDICTIONS).is_file():
+            places.setdefault(place.name, place)
+    return {name: read_answered(place) for name, place in places.items()}
+
+
+def _table(pair: "Pair") -> Any:
+    from rich.table import Table
+
+    table = Table(title=pair.ours.name)
+    for name in ("", "A", "B", "A - B", "p", "A better", "B better"):
+        table.add_column(name, justify="right" if name else "left")
+    for row in pair.rows:
+        table.add_row(*cells(row), *_counts(pair, row.kind))
+    return table
+
+
+def cells(row: "Row") -> list[str]:
+    """A row of the table: kind, means, difference with its interval, p."""
+    found = row.difference
+    p = "< 0.001" if row.p < 0.001 else f"{row.p:.3f}"
+    apart = f"{found.delta:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    return [row.kind, share(row.ours), share(row.theirs), apart, p]
+
+
+def _counts(pair: "Pair", kind: str) -> tuple[str, str]:
+    every = kind == pair.rows[0].kind
+    return (
+        f"{sum(every or ours.kind == kind for ours, _ in pair.better):,}",
+        f"{sum(every or ours.kind == kind for ours, _ in pair.worse):,}",
+    )
+
+
+def _shown(pair: "Pair", show: int) -> dict[str, Any]:
+    """What the page says of one test."""
+    pictures = _Pictures(pair.ours)
+    flips = {
+        "A is better": [_flip(each, pictures) for each in pair.better[:show]],
+        "B is better": [_flip(each, pictures) for each in pair.worse[:show]],
+    }
+    headlines = [each.headline for each in (pair.ours, pair.theirs) if each.headline is not None]
+    numbers = " and ".join(f"{value:.3f}" for _, value in headlines)
+    return {
+        "name": pair.ours.name,
+        "rows": [[*cells(row), *_counts(pair, row.kind)] for row in pair.rows],
+        "headline": f"{headlines[0][0]}: {numbers}" if headlines else "",
+        "samples": len(pair.better) + len(pair.worse) + pair.same,
+        "same": pair.same,
+        "left": {"A is better": len(pair.better), "B is better": len(pair.worse)},
+        "flips": flips,
+        "notes": [*pair.notes, *([pictures.problem] if pictures.problem else [])],
+    }
+
+
+def _flip(both: "tuple[Scored, Scored]", pictures: "_Pictures") -> dict[str, Any]:
+    ours, theirs = both
+    return {
+        "key": ours.key,
+        "kind": ours.kind,
+        "prompt": ours.prompt,
+        "answers": sorted(set(ours.answers)),
+        "a": (ours.prediction, ours.right / ours.of),
+        "b": (theirs.prediction, theirs.right / theirs.of),
+        "picture": pictures.of(ours),
+    }
+
+
+class _Pictures:
+    """The pictures of what was asked, as data URIs; ``problem`` says why there are none."""
+
+    def __init__(self, answered: "Answered") -> None:
+        self.problem, self._its, self._source = "", answered, None
+
+    def of(self, line: "Scored") -> str | None:
+        from deepstack_pl.batch import Refused
+
+        if self.problem:
+            return None
+        try:
+            picture = self._read(line)
+        except (Refused, OSError, ValueError) as error:
+            self.problem = f"no pictures: {error}"
+            return None
+        if picture is None:
+            return None
+        picture.thumbnail((_SIDE, _SIDE))
+        data = BytesIO()
+        picture.save(data, "JPEG", quality=80)
+        return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+    def _read(self, line: "Scored") -> "Image.Image | None":
+        from deepstack_pl.data.images import decode_image
+
+        facts = self._its.facts
+        if "root" in facts:
+            file = Path(facts["root"]) / facts["task"]["images"] / line.picture
+            return decode_image(file.read_bytes(), str(file))
+        if self._source is None:
+            from deepstack_pl.config.load import load
+            from deepstack_pl.data.sources import open_sources
+
+            folder = self._its.folder
+            run = next(place for place in (folder, *folder.parents[:2]) if (place / "config.yaml").is_file())
+            self._source = open_sources(load(run / "config.yaml", []).data)[1]
+        images = self._source[line.index].images
+        return images[0].copy() if images else None
+
+
+def _slug(folder: Path) -> str:
+    return "_".join(folder.resolve().parts[-1:] if folder.parent.name != FOLDER else folder.resolve().parts[-3:])
