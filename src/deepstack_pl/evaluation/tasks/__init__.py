@@ -1,0 +1,1 @@
+"""Benchmarks over local copies of their published files, one file each; docs/benchmarks.md has their layouts."""
