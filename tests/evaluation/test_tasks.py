@@ -273,9 +273,7 @@ def test_annotations_of_vqav2_must_fit_its_questions(tmp_path: Path) -> None:
     config = write_benchmark("vqav2", tmp_path)
     file = tmp_path / config.annotations[0]
     change(file, lambda found: found["annotations"][0]["answers"].pop())
-    with pytest.raises(
-        ValueError, match=r"annotations\.json, record 0: answers holds 9 answers, but the score needs 10"
-    ):
+    with pytest.raises(ValueError, match=r"annotations\.json, record 0: answers holds 9 answers, but the .* 10"):
         find("vqav2").read(config)
     change(file, lambda found: found["annotations"].pop(0))
     with pytest.raises(ValueError, match=r"questions\.json, record 0: no annotation of question 262148000; give the"):
