@@ -1,94 +1,217 @@
 """Scores of answers, as each benchmark's official scorer gives them, as torchmetrics."""
 
-from abc import abstractmethod
+import re
 from collections.abc import Sequence
-from hashlib import sha256
+from math import isfinite
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
+import numpy as np
 
+from deepstack_pl.evaluation import vqa_words
+from deepstack_pl.evaluation.answer_metric import AnswerMetric, Rows, by_picture, counts, mean
 from deepstack_pl.evaluation.metrics import clustered_interval, interval_name
+from deepstack_pl.evaluation.paired import bootstrap
 from deepstack_pl.evaluation.task import Question
 
-ALL = "all"  # every sample, of whatever kind
+DRAWS = 10_000
 
 
-class AnswerMetric(Metric):
-    """The mean of ``score`` over samples, of each kind and of all.
+class VQAAccuracy(AnswerMetric):
+    """How many of ten people gave the answer, three being enough, without one of them in turn (TextVQA's score).
 
-    State: rows of (kind, picture, score); distributed runs gather them. Questions about one picture are not
-    independent: intervals are clustered by picture, as `metrics.clustered_interval` says.
-
-    Attributes:
-        headline: what the mean is called in results.
+    Both are written as `vqa_words.of_server` does.
     """
 
-    headline: ClassVar[str]
-    full_state_update = False
-    rows: list[Tensor]
+    headline = "vqa_accuracy"
 
-    def __init__(self, confidence: float = 0.95, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if not 0 < confidence < 1:
-            raise ValueError(
-                f"evaluation.confidence={confidence} is a share: use a value between 0 and 1, such as 0.95."
-            )
-        self.confidence = confidence
-        self.kinds: dict[int, str] = {}
-        self.add_state("rows", default=[], dist_reduce_fx="cat")
-
-    @abstractmethod
     def score(self, question: Question, prediction: str) -> float:
-        """How right ``prediction`` is: 0 to 1."""
-
-    def update(self, question: Question, prediction: str) -> None:
-        """Count one answer."""
-        kind, picture = _number(question.kind), _number(question.image)
-        self.kinds[kind] = question.kind
-        row = (kind, picture, self.score(question, prediction))
-        self.rows.append(torch.tensor([row], dtype=torch.float64, device=self.device))
-
-    def compute(self) -> dict[str, dict[str, Any]]:
-        """By kind, and under "all": the mean with its interval, and how many samples."""
-        table = dim_zero_cat(self.rows)
-        parts = {ALL: table}
-        if len(self.kinds) > 1:
-            parts |= {name: table[table[:, 0] == number] for number, name in sorted(self.kinds.items(), key=_by_name)}
-        return {kind: self.summary(part[:, 1], part[:, 2]) for kind, part in parts.items()}
-
-    def summary(self, pictures: Tensor, scores: Tensor) -> dict[str, Any]:
-        """Of the samples with these pictures and scores (each ``n``)."""
-        _, cluster = pictures.unique(return_inverse=True)
-        clusters = int(cluster.max()) + 1
-        right = torch.zeros(clusters, dtype=torch.float64).index_add_(0, cluster.cpu(), scores.cpu())
-        counts = torch.bincount(cluster.cpu(), minlength=clusters)
-        return {
-            self.headline: float(scores.mean()),
-            interval_name(self.confidence): list(clustered_interval(right.tolist(), counts.tolist(), self.confidence)),
-            "samples": len(scores),
-            "pictures": clusters,
-        }
+        said = vqa_words.of_server(prediction)
+        return agreement([vqa_words.of_server(answer) == said for answer in question.answers])
 
 
-def _number(text: str) -> int:
-    """A number that stands for ``text`` on every process, exact as a float."""
-    return int.from_bytes(sha256(text.encode()).digest()[:6], "big")
+class VQAv2Accuracy(AnswerMetric):
+    """The same as VQA v2's scorer has it: people's answers are rewritten only where they differ.
+
+    Versions of that scorer differ in whether they rewrite the prediction where all people agree: the first did, the
+    last does not, and would have "Yes" wrong where all said "yes". Here either way of writing it is right then.
+    """
+
+    headline = "vqa_accuracy"
+
+    def score(self, question: Question, prediction: str) -> float:
+        answers = [vqa_words.one_line(answer) for answer in question.answers]
+        said = vqa_words.official(prediction)
+        if len(set(answers)) == 1:
+            return float(answers[0] in (vqa_words.one_line(prediction), said))
+        return agreement([vqa_words.official(answer) == said for answer in answers])
 
 
-def _by_name(item: tuple[int, str]) -> str:
-    return item[1]
+def agreement(matches: Sequence[bool]) -> float:
+    """``min(1, matches / 3)`` without one answer in turn, on average: 0.3, 0.6, 0.9 and 1 of ten answers."""
+    total = sum(matches)
+    return sum(min(3, total - match) for match in matches) / (3 * len(matches))
+
+
+class ANLS(AnswerMetric):
+    """Average normalised Levenshtein similarity to the closest answer; what is below a half is nothing.
+
+    As the scorers of DocVQA's challenges have it: case and space do not count as differences, but space counts as
+    length.
+    """
+
+    headline = "anls"
+    threshold: ClassVar[float] = 0.5
+
+    def score(self, question: Question, prediction: str) -> float:
+        closest = max(1 - self._distance(answer, prediction) for answer in question.answers)
+        return closest if closest >= self.threshold else 0.0
+
+    @staticmethod
+    def _distance(answer: str, prediction: str) -> float:
+        length = max(len(answer.upper()), len(prediction.upper()))
+        if not length:
+            return 0.0
+        return levenshtein(*(" ".join(text.strip().lower().split()) for text in (answer, prediction))) / length
+
+
+def levenshtein(first: str, second: str) -> int:
+    """How many letters must be put in, left out or exchanged to make one of the other."""
+    before = list(range(len(second) + 1))
+    for row, letter in enumerate(first, 1):
+        now = [row]
+        for column, other in enumerate(second, 1):
+            now.append(min(before[column] + 1, now[-1] + 1, before[column - 1] + (letter != other)))
+        before = now
+    return before[-1]
+
+
+class RelaxedAccuracy(AnswerMetric):
+    """Within 5 % of a number, else the same words but for case (ChartQA, section 5.1; code: Qwen-VL's and lmms-eval's).
+
+    A percentage is a hundredth, so that 5 is not 5%; nothing but itself is close to a zero.
+    """
+
+    headline = "relaxed_accuracy"
+    tolerance: ClassVar[float] = 0.05
+
+    def score(self, question: Question, prediction: str) -> float:
+        return float(any(self._close(prediction.strip(), answer.strip()) for answer in question.answers))
+
+    def _close(self, prediction: str, answer: str) -> bool:
+        said, right = _as_number(prediction), _as_number(answer)
+        if said is not None and right:
+            return abs(said - right) / abs(right) <= self.tolerance
+        return prediction.lower() == answer.lower()
+
+
+def _as_number(text: str) -> float | None:
+    """What ``text`` says; None where it says no finite number."""
+    try:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+    return number if isfinite(number) else None
 
 
 class ExactMatch(AnswerMetric):
-    """Placeholder to be completed: see GQA."""
+    """The answer itself, but for case and a full stop at the end (GQA's eval.py after LLaVA's convert_gqa_for_eval)."""
 
     headline = "exact_match"
 
     def score(self, question: Question, prediction: str) -> float:
-        return float(any(prediction.strip().lower() == answer.strip().lower() for answer in question.answers))
+        said = prediction.strip().rstrip(".").lower()
+        return float(any(said == answer.strip().rstrip(".").lower() for answer in question.answers))
 
 
-METRICS: Sequence[type[AnswerMetric]] = (ExactMatch,)
+class YesNo(AnswerMetric):
+    """Accuracy, precision, recall and F1 of "yes", as LLaVA's and POPE's own scorer has them (eval_pope.py).
+
+    As there, an answer is a no if its first sentence holds the word "no", "No" or "not", and else a yes, whatever it
+    says. ``unparsed`` counts those that hold neither such a word nor a yes. A share of nothing is 0. The interval of F1
+    is a bootstrap over pictures.
+    """
+
+    headline = "f1"
+    columns = 4  # right, said yes, is yes, unparsed
+
+    def score(self, question: Question, prediction: str) -> float:
+        return float(_says_no(prediction) == (question.answers[0] == "no"))
+
+    def values(self, question: Question, prediction: str) -> tuple[float, ...]:
+        no = _says_no(prediction)
+        unparsed = not no and "yes" not in re.findall(r"\w+", prediction.lower())
+        return (self.score(question, prediction), not no, question.answers[0] == "yes", unparsed)
+
+    def summary(self, rows: Rows) -> dict[str, Any]:
+        said, right = sum(row[2] for row in rows), sum(row[3] for row in rows)
+        both = sum(row[2] * row[3] for row in rows)
+        name = interval_name(self.confidence)
+        return {
+            "f1": 2 * both / (said + right) if said + right else 0.0,
+            name: self._f1_interval(rows),
+            "accuracy": mean(rows),
+            f"accuracy_{name}": self.interval(rows),
+            "precision": both / said if said else 0.0,
+            "recall": both / right if right else 0.0,
+            "yes_ratio": said / len(rows),
+            "unparsed": int(sum(row[4] for row in rows)),
+            **counts(rows),
+        }
+
+    def _f1_interval(self, rows: Rows) -> list[float]:
+        """F1 is twice the yeses that are right, per yes that is said or right: a ratio of sums over pictures."""
+        sums = by_picture([(row[0], 2 * row[2] * row[3], row[2] + row[3]) for row in rows])
+        hits, yeses = sums[sums[:, 1] > 0].T
+        if not len(yeses):
+            return [0.0, 1.0]  # nobody says yes: nothing is known of it
+        if len(yeses) == 1 or hits.sum() in (0, yeses.sum()):  # every draw would be the same
+            return list(clustered_interval(hits.tolist(), yeses.astype(int).tolist(), self.confidence))
+        _, drawn = bootstrap(hits[None], yeses, DRAWS)
+        low, high = np.quantile(drawn, [0.5 - self.confidence / 2, 0.5 + self.confidence / 2])
+        return [float(low), float(high)]
+
+
+def _says_no(prediction: str) -> bool:
+    words = prediction.strip().split(".")[0].replace(",", "").split(" ")
+    return not {"No", "not", "no"}.isdisjoint(words)
+
+
+class MultipleChoice(AnswerMetric):
+    """The right option: by its letter (``B``, ``b.``, ``(B)``, ``B: a dog``), or by its text alone.
+
+    ``unparsed`` counts answers that name no option; they are wrong.
+    """
+
+    headline = "accuracy"
+    columns = 2
+
+    def score(self, question: Question, prediction: str) -> float:
+        return float(chosen(question.choices, prediction) == question.answers[0])
+
+    def values(self, question: Question, prediction: str) -> tuple[float, ...]:
+        return (self.score(question, prediction), chosen(question.choices, prediction) is None)
+
+    def summary(self, rows: Rows) -> dict[str, Any]:
+        return {**super().summary(rows), "unparsed": int(sum(row[2] for row in rows))}
+
+
+def chosen(choices: Sequence[str], prediction: str) -> str | None:
+    """The letter of the option that ``prediction`` names, None where it names none.
+
+    A letter alone is a letter, whatever the options say; one that goes on as a sentence does ("A dog") is a word.
+    """
+    if not choices:
+        return None
+    said = prediction.strip()
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)]
+    if alone := re.fullmatch(rf"\(?([{letters}])[).:,]*", said, re.I):
+        return alone[1].upper()
+    same = [letter for letter, text in zip(letters, choices, strict=True) if _plain(text) == _plain(said)]
+    if len(same) == 1:
+        return same[0]
+    first = re.match(rf"\(?([{letters}])([).:,]+\s|\n)", said, re.I)
+    return first[1].upper() if first else None
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".").casefold()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from deepstack_pl.evaluation.config import TaskConfig
 
 if TYPE_CHECKING:
-    from deepstack_pl.evaluation.answers import AnswerMetric
+    from deepstack_pl.evaluation.answer_metric import AnswerMetric
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Question:
         image: its picture's file, below the task's folder of pictures.
         prompt: all that is asked, below the picture.
         answers: what is right, as published.
-        kind: the published part it belongs to: ChartQA's human and augmented, POPE's samplings, SEED's abilities.
+        kind: the published part it belongs to (ChartQA's human and augmented, POPE's samplings, SEED's abilities).
         choices: the options of a multiple choice, in order; the answer is a letter, A for the first.
     """
 
@@ -31,6 +31,10 @@ class Question:
     choices: tuple[str, ...] = ()
 
 
+def _none(_: TaskConfig) -> str:
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """A benchmark.
@@ -39,9 +43,11 @@ class Task:
         read: all its questions, in published order.
         metric: made anew for each evaluation, with the confidence of its intervals.
         source: where its files and its official scorer come from.
+        left_out: one sentence about questions of its files that ``read`` leaves out; "" where it leaves out none.
     """
 
     name: str
     read: Callable[[TaskConfig], list[Question]]
     metric: Callable[[float], "AnswerMetric"]
     source: str
+    left_out: Callable[[TaskConfig], str] = _none

@@ -1,1 +1,1 @@
-"""The benchmarks, one file each."""
+"""Benchmarks over local copies of their published files, one file each; docs/benchmarks.md has their layouts."""
