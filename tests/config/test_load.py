@@ -71,8 +71,22 @@ def refusal(*overrides: str, folders: tuple[Path, ...] = (CONF,)) -> str:
 def test_every_option_composes(group: str, option: str) -> None:
     run = run_of(f"{group}={option}", *NEEDS.get((group, option), []))
     filled = getattr(run, group)
-    if not isinstance(filled, dict):
+    if group == "evaluation" and filled.tasks:
+        assert list(filled.tasks) == [option]
+    elif not isinstance(filled, dict):
         assert filled.name == option
+
+
+def test_benchmarks_stand_beside_an_evaluation_of_the_runs_own() -> None:
+    run = run_of("evaluation=[quick,textvqa,pope]", "evaluation.tasks.pope.samples=9")
+    assert (run.evaluation.name, run.evaluation.every_steps) == ("quick", 200)
+    assert list(run.evaluation.tasks) == ["textvqa", "pope"]
+    assert run.evaluation.tasks["pope"].samples == 9
+
+
+def test_a_misspelt_value_of_a_benchmark_is_named_with_the_near_miss() -> None:
+    assert "Did you mean evaluation.tasks.pope.samples?" in refusal("evaluation=pope", "evaluation.tasks.pope.smples=9")
+    assert "evaluation.tasks.pop" in refusal("evaluation=pope", "evaluation.tasks.pop.samples=9")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -32,10 +32,18 @@ class Schema:
         """Every typed key by its dotted path."""
         return dict(_walk(self.root, ""))
 
+    @cached_property
+    def items(self) -> dict[str, type]:
+        """What stands under any key of an open section whose values are typed, by that section's path."""
+        return dict(_typed_items(self.root, ""))
+
     def below(self, section: str) -> list[str]:
         """The known keys directly under ``section`` ("": the top), by full path."""
         start = f"{section}." if section else ""
         known = [k for k in self.kinds if k.startswith(start) and "." not in k.removeprefix(start)]
+        item = self.items.get(section.rpartition(".")[0])
+        if item is not None:
+            return [f"{start}{field.name}" for field in fields(item)]
         if section and not known:
             known = [f"{start}{key}" for key in self._written(section)]
         return known
@@ -105,6 +113,17 @@ def _walk(cls: type, prefix: str) -> Iterable[tuple[str, Kind]]:
             yield from _walk(hint, f"{path}.")
         else:
             yield path, Kind.opened if get_origin(hint) in (dict, list) else Kind.leaf
+
+
+def _typed_items(cls: type, prefix: str) -> Iterable[tuple[str, type]]:
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        path, hint = f"{prefix}{field.name}", hints[field.name]
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from _typed_items(hint, f"{path}.")
+        elif get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
+            yield path, get_args(hint)[1]
 
 
 def _read(file: Path) -> Any:

@@ -102,6 +102,7 @@ def ask_and_keep(
             **asked,
             "root": benchmark.config.root,
             "source": benchmark.task.source,
+            "left_out": benchmark.left_out,
             "not_asked": [line.not_asked for line in lines if line.not_asked is not None],
             "seconds": time.perf_counter() - start,
             "answered_before": len(known),

@@ -50,6 +50,7 @@ class Benchmark:
 
     Attributes:
         fingerprint: SHA-256 of its files of questions and answers; pictures are named by them, not read.
+        left_out: a sentence about questions of its files that nobody asks; "" where there is none.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Benchmark:
     task: Task
     questions: tuple[Question, ...]
     fingerprint: str
+    left_out: str
 
     @classmethod
     def open(cls, name: str, config: TaskConfig) -> Self:
@@ -77,7 +79,7 @@ class Benchmark:
         for file in (*config.questions, *config.annotations):
             with (Path(config.root) / file).open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
-        found = cls(name, config, task, tuple(questions), digest.hexdigest())
+        found = cls(name, config, task, tuple(questions), digest.hexdigest(), task.left_out(config))
         found._require_pictures()
         return found
 
@@ -125,7 +127,8 @@ class Benchmark:
 
     def describe(self) -> str:
         pictures = len({question.image for question in self.questions})
-        return f"{self.name}: {len(self):,} questions on {pictures:,} pictures, fingerprint {self.fingerprint[:12]}"
+        said = f"{self.name}: {len(self):,} questions on {pictures:,} pictures, fingerprint {self.fingerprint[:12]}"
+        return f"{said}. {self.left_out}" if self.left_out else said
 
     def _line(self, index: int, score: float, said: str, why: str | None) -> Line:
         its = self.questions[index]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepstack_pl.batch import Record
 from deepstack_pl.data.sources import Source
-from deepstack_pl.evaluation.answers import ALL
+from deepstack_pl.evaluation.answer_metric import ALL
 from deepstack_pl.evaluation.asking import ask
 from deepstack_pl.evaluation.benchmark import Benchmark
 from deepstack_pl.evaluation.config import EvaluationConfig

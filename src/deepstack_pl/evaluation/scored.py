@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepstack_pl.evaluation.answer_metric import ALL
 from deepstack_pl.evaluation.kept import RECORDS, read_results
 from deepstack_pl.evaluation.paired import Difference, difference, holm
 
 PREDICTIONS = "predictions.jsonl"
-ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from deepstack_pl.evaluation.config import TaskConfig
 
-CONF = Path(__file__).parents[2] / "conf" / "evaluation"
+CONF = Path(__file__).parents[1] / "conf" / "evaluation"
 COLOURS = ("red", "green", "blue", "white", "black", "orange")
 ABILITIES = {"Scene Understanding": 1, "Instance Identity": 2, "Action Recognition": 10}
 
