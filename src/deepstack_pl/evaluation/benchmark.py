@@ -112,6 +112,7 @@ class Benchmark:
     def metrics(self, lines: Sequence[Line], confidence: float) -> dict[str, dict[str, Any]]:
         """By kind, and of all: what the benchmark's official scorer says of these answers."""
         metric = self.task.metric(confidence)
+        metric.sync_on_compute = False  # every process has all lines: added up, each would count several times
         for line in lines:
             metric.update(self.questions[line.index], line.prediction)
         return metric.compute()
