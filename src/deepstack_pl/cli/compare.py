@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepstack_pl.cli.folders import LATEST, newest, relative
+from deepstack_pl.cli.folders import CONFIG, LATEST, newest, relative
 from deepstack_pl.cli.report import share
 from deepstack_pl.files import write_text
 
@@ -69,8 +69,7 @@ def _pairs(a: Path, b: Path) -> "tuple[list[Pair], list[str]]":
     from deepstack_pl.evaluation.scored import pair
 
     ours, theirs = _answered(a), _answered(b)
-    single = (a / "results.json", b / "results.json")
-    if len(ours) == len(theirs) == 1 and not any((file.parent / "config.yaml").is_file() for file in single):
+    if _of_one(a) and _of_one(b):  # whatever they are called
         ours, theirs = ({"": each} for each in (*ours.values(), *theirs.values()))
     both = [name for name in ours if name in theirs]
     notes = [f"not compared: {name}, which {a} alone answered" for name in ours if name not in theirs]
@@ -89,7 +88,7 @@ def _answered(folder: Path) -> "dict[str, Answered]":
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder. Give a run's, or that of one of its evaluations.")
-    if (folder / RECORDS).is_file():
+    if _of_one(folder):
         found = read_answered(folder)
         return {found.name: found}
     places = {HELD_OUT: folder} if (folder / PREDICTIONS).is_file() else {}
@@ -97,6 +96,14 @@ def _answered(folder: Path) -> "dict[str, Answered]":
         if (place / RECORDS).is_file() or (place / PREDICTIONS).is_file():
             places.setdefault(place.name, place)
     return {name: read_answered(place) for name, place in places.items()}
+
+
+def _of_one(folder: Path) -> bool:
+    """Whether ``folder`` is that of one evaluation, and not a run's."""
+    from deepstack_pl.evaluation.scored import PREDICTIONS, RECORDS
+
+    there = [name for name in (RECORDS, PREDICTIONS) if (folder / name).is_file()]
+    return bool(there) and not (folder / CONFIG).is_file()
 
 
 def _table(pair: "Pair") -> Any:

@@ -29,14 +29,17 @@ def _main(conf: Path, argv: Sequence[str]) -> int:
     register()
     schema = Schema(folders(conf, line), EvaluateConfig)
 
+    status = 0
+
     def job(composed: DictConfig) -> None:
+        nonlocal status
         try:
             config = evaluate_from_hydra(composed)
             from deepstack_pl.cli.evaluation import execute
 
             execute(config, command)
         except Exception as error:
-            raise SystemExit(_say(error, schema)) from error  # past Hydra, which would add a line of its own
+            status = _say(error, schema)  # here: Hydra would add a line of its own
 
     try:
         if {"-m", "--multirun"} & {*line.flags}:
@@ -49,7 +52,7 @@ def _main(conf: Path, argv: Sequence[str]) -> int:
         return CTRL_C
     except Exception as error:
         return _say(error, schema)
-    return 0
+    return status
 
 
 def _say(error: Exception, schema: Schema) -> int:

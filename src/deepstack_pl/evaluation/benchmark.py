@@ -106,13 +106,13 @@ class Benchmark:
 
     def judge(self, answers: Sequence[tuple[int, str, str | None]]) -> list[Line]:
         """Score answers: (place, prediction, why it was not asked)."""
-        metric = self.task.metric(0.95)
+        metric = self.task.metric()
         return [self._line(index, metric.score(self.questions[index], said), said, why) for index, said, why in answers]
 
     def metrics(self, lines: Sequence[Line], confidence: float) -> dict[str, dict[str, Any]]:
         """By kind, and of all: what the benchmark's official scorer says of these answers."""
-        metric = self.task.metric(confidence)
-        metric.sync_on_compute = False  # every process has all lines: added up, each would count several times
+        # Every process has all lines: added up, each would count as often as there are processes.
+        metric = self.task.metric(confidence, sync_on_compute=False)
         for line in lines:
             metric.update(self.questions[line.index], line.prediction)
         return metric.compute()

@@ -41,13 +41,13 @@ class Task:
 
     Attributes:
         read: all its questions, in published order.
-        metric: made anew for each evaluation, with the confidence of its intervals.
+        metric: its score.
         source: where its files and its official scorer come from.
         left_out: one sentence about questions of its files that ``read`` leaves out; "" where it leaves out none.
     """
 
     name: str
     read: Callable[[TaskConfig], list[Question]]
-    metric: Callable[[float], "AnswerMetric"]
+    metric: "type[AnswerMetric]"
     source: str
     left_out: Callable[[TaskConfig], str] = _none
