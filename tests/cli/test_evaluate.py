@@ -162,7 +162,10 @@ def test_help_names_every_benchmark() -> None:
     assert not [file.stem for file in files if not re.search(rf"\b{file.stem}[,;]", done.stdout)]
 
 
-def test_benchmarks_of_a_run_are_asked_on_the_way_and_whole_at_its_end(tmp_path: Path) -> None:
+def test_benchmarks_of_a_run_are_asked_on_the_way_and_whole_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     write_benchmark("chartqa", tmp_path / "chartqa")
     root, folder = f"evaluation.tasks.chartqa.root={tmp_path / 'chartqa'}", tmp_path / "run"
     words = ("evaluation=[final,chartqa]", "evaluation.every_steps=2", "evaluation.samples=2", root)
@@ -174,7 +177,10 @@ def test_benchmarks_of_a_run_are_asked_on_the_way_and_whole_at_its_end(tmp_path:
     assert found(folder, "chartqa")["command"] == "python train.py"
 
 
-def test_a_runs_own_samples_are_asked_as_its_last_evaluation_did(tmp_path: Path) -> None:
+def test_a_runs_own_samples_are_asked_as_its_last_evaluation_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run"
     results = start(folder=folder)
     assert main(CONF, [f"ckpt={folder}"]) == 0
