@@ -154,9 +154,11 @@ def generate(
     max_new_tokens: int,
     *,
     injections: bool = True,
+    **options: Any,
 ) -> list[str]:
-    """Greedy answers to ``records``, in one batch; the answers they hold are not shown to the model. Without
-    ``injections`` the same model sees what stands in the text alone.
+    """Answers to ``records``, in one batch; the answers they hold are not shown to the model. Greedy, unless
+    transformers' own ``options`` of generation say otherwise. Without ``injections`` the model sees what stands in the
+    text alone.
     """
     batch = processor.collate([processor.prompt(record) for record in records], PadSide.left).to(model.device)
     inputs = generation_inputs(batch)
@@ -166,7 +168,7 @@ def generate(
     ids = generator.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        **{"do_sample": False, **options},
         synced_gpus=False,  # processes answer different questions, each with the whole model
         pad_token_id=processor.tokenizer.pad_token_id,
         eos_token_id=stop_ids(processor),
