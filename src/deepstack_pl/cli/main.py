@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Protocol
 
-from deepstack_pl.cli import consolidate, convert, export, fetch, inspect, parity, shards, study_page
+from deepstack_pl.cli import chat, consolidate, convert, export, fetch, inspect, parity, serve, shards, study_page
 
 
 class Command(Protocol):
@@ -25,6 +25,7 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Command] = {
+    "chat": chat,
     "consolidate": consolidate,
     "convert": convert,
     "export": export,
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": inspect,
     "parity": parity,
     "report": study_page,
+    "serve": serve,
     "shards": shards,
 }
 
@@ -41,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="deepstack",
         description="DeepStack: corpora into shards, published checkpoints in and out, runs as Hugging Face folders, "
-        "proof of agreement, reports, figures. Training is python train.py.",
+        "proof of agreement, reports, figures, answers. Training is python train.py.",
     )
     parser.add_argument("--version", action="version", version=version("deepstack_pl"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
