@@ -34,8 +34,8 @@ def a_session(plan: ModelConfig = STACKED, *, endless: bool = False) -> Session:
     return Session(model, processor, "tiny")
 
 
-def a_run(folder: Path, plan: ModelConfig = STACKED) -> Path:
-    session = a_session(plan)
+def a_run(folder: Path, *, endless: bool = False) -> Path:
+    session = a_session(endless=endless)
     session.model.save_pretrained(folder)
     session.processor.save_pretrained(folder)
     return folder

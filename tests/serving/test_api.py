@@ -12,9 +12,11 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+from fastapi.responses import JSONResponse
 from served import a_session, asked, data_uri, picture, png, record, running
 
 from deepstack_pl.serving.config import Limits, Settings
+from deepstack_pl.serving.guard import Guard
 from deepstack_pl.serving.session import Session
 from deepstack_pl.stacking.config import ModelConfig
 
@@ -268,6 +270,24 @@ def test_requests_are_refused_in_openais_words_before_they_are_read(
     found, said = post(server, body, **headers)
     assert (found, why in said["error"]["message"]) == (status, True), said
     assert said["error"].keys() == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("listens", "host", "passes"),
+    [
+        ("192.168.1.5", "192.168.1.5:8000", True),
+        ("192.168.1.5", "192.168.1.6:8000", False),
+        ("lab.example", "LAB.example", True),
+        ("0.0.0.0", "192.168.1.5:8000", True),
+        ("::", "[fe80::1]:8000", True),
+        ("0.0.0.0", "evil.example", False),
+        ("0.0.0.0", "", False),
+        ("127.0.0.1", "[oops", False),
+    ],
+)
+def test_a_host_is_one_that_no_other_site_can_be_made_to_say(listens: str, host: str, passes: bool) -> None:
+    guard = Guard(JSONResponse(None), listens)
+    assert (guard._refusal({"host": host}, "GET") is None) is passes
 
 
 def test_a_body_without_a_length_is_counted_while_it_comes(server: str) -> None:

@@ -65,7 +65,8 @@ class Session:
         self._preparing = threading.Lock()
         self._answering = threading.Lock()
         # Beyond its last position an LLM answers nonsense, or not at all; a few families have no last one.
-        self._room = model.language_model.config.to_dict().get("max_position_embeddings")
+        config, positions = model.language_model.config, "max_position_embeddings"
+        self._room = config.to_dict().get(config.attribute_map.get(positions, positions))
 
     @classmethod
     def load(cls, folder: Path, device: str) -> "Session":
@@ -88,7 +89,8 @@ class Session:
     def question(
         self, record: Record, *, max_tokens: int, stop: Sequence[str] = (), settings: Settings | None = None
     ) -> Question:
-        """``record`` up to its last question, with the pictures cut into views.
+        """``record`` up to its last question, with the pictures cut into views. Its answer has at most ``max_tokens``,
+        and as many as the LLM has positions left.
 
         Raises:
             ValueError: the template cannot write it, or it leaves no room for an answer.

@@ -58,7 +58,7 @@ class Talk:
             except ValueError as error:
                 return _complain(str(error))
             (answer,) = self._session.answer([question], [_show], [stopped.is_set])
-        print({"length": f" [cut at --max-tokens {answer.tokens}]", "cancelled": " [stopped]"}.get(answer.finish, ""))
+        print({"length": f" [cut after {answer.tokens} tokens]", "cancelled": " [stopped]"}.get(answer.finish, ""))
         self._turns += [asked, Turn(Role.assistant, answer.text)]
         self._pictures += self._next
         self._next = []
