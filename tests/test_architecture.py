@@ -80,7 +80,7 @@ def test_every_direct_dependency_is_constrained_to_a_version_it_allows() -> None
     pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    for text in [*project["dependencies"], *extras["dev"], *extras["sweep"]]:
+    for text in [*project["dependencies"], *extras["dev"], *extras["sweep"], *extras["serve"]]:
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"constraints.txt has no version of {name}"

@@ -152,7 +152,7 @@ def test_what_cannot_be_asked_is_one_sentence(
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(CONF, [f"ckpt={tmp_path / 'nowhere'}", "evaluation=textvqa"]) == 1
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "no model lies there" in capsys.readouterr().err
 
 
 def test_help_names_every_benchmark() -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from deepstack_pl import processes
 from deepstack_pl.cli.export import require_finished
-from deepstack_pl.cli.folders import CONFIG, LATEST, RESULTS, newest, relative
+from deepstack_pl.cli.folders import CONFIG, RESULTS, relative, with_model
 from deepstack_pl.cli.machines import started
 from deepstack_pl.cli.provenance import device_name, git, versions, without_passwords
 from deepstack_pl.cli.report import share
@@ -47,7 +47,7 @@ def execute(config: EvaluateConfig, command: str) -> None:
     Raises:
         ValueError: something that the user can mend.
     """
-    folder = newest() if Path(config.ckpt).absolute() == LATEST.absolute() else Path(config.ckpt)
+    folder = with_model(Path(config.ckpt))
     require_finished(folder)
     device = _device(config)
     if started():
@@ -203,8 +203,6 @@ def _load(
         options["dtype"] = getattr(torch, config.dtype.value)
     if config.attention is not None:
         options["attn_implementation"] = config.attention.value
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no model lies there (config.json is missing). Name a finished run's folder.")
     model = DeepStackForConditionalGeneration.from_pretrained(folder, **options)
     return model.to(device).eval(), DeepStackProcessor.from_pretrained(folder)
 

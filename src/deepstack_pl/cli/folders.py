@@ -63,6 +63,19 @@ def newest() -> Path:
     )
 
 
+def with_model(folder: Path) -> Path:
+    """``folder``, or the newest run for ``outputs/latest``, which is a file that names it.
+
+    Raises:
+        ValueError: no model lies there.
+    """
+    if folder.absolute() == LATEST.absolute():
+        folder = newest()
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no model lies there (config.json is missing). Name a finished run's folder.")
+    return folder
+
+
 def checkpoint_of(folder: Path) -> tuple[Checkpoint, list[str]]:
     """What the run in ``folder`` goes on from: its newest checkpoint that looks whole; and a sentence for each newer
     one that does not.

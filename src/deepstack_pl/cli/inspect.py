@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepstack_pl.cli.folders import LATEST, newest, relative
+from deepstack_pl.cli.folders import relative, with_model
 from deepstack_pl.files import write_text
 
 if TYPE_CHECKING:
@@ -34,10 +34,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: there is no such run or picture, or nothing to ask.
     """
-    if args.run.absolute() == LATEST.absolute():  # a file that names the newest run
-        args.run = newest()
-    if not (args.run / "config.json").is_file():
-        raise ValueError(f"{args.run}: no model lies there (config.json is missing). Name a finished run's folder.")
+    args.run = with_model(args.run)
     if not args.prompt.strip():
         raise ValueError("--prompt is empty: there is nothing to ask. Write a question.")
     if not args.image.is_file():

@@ -10,7 +10,19 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Protocol
 
-from deepstack_pl.cli import compare, consolidate, convert, export, fetch, inspect, parity, shards, study_page
+from deepstack_pl.cli import (
+    chat,
+    compare,
+    consolidate,
+    convert,
+    export,
+    fetch,
+    inspect,
+    parity,
+    serve,
+    shards,
+    study_page,
+)
 
 
 class Command(Protocol):
@@ -25,6 +37,7 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Command] = {
+    "chat": chat,
     "compare": compare,
     "consolidate": consolidate,
     "convert": convert,
@@ -33,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": inspect,
     "parity": parity,
     "report": study_page,
+    "serve": serve,
     "shards": shards,
 }
 
@@ -42,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="deepstack",
         description="DeepStack: corpora into shards, published checkpoints in and out, runs as Hugging Face folders, "
-        "proof of agreement, reports, comparisons, figures. Training is python train.py.",
+        "proof of agreement, reports, comparisons, figures, answers. Training is python train.py, benchmarks are python "
+        "evaluate.py.",
     )
     parser.add_argument("--version", action="version", version=version("deepstack_pl"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

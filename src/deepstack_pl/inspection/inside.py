@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch, Record
-from deepstack_pl.inspection.probe import quiet, without_group
+from deepstack_pl.inspection.probe import quiet, without_group, without_groups
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.stacking.config import Injection
 from deepstack_pl.stacking.config import Sequence as InText
-from deepstack_pl.stacking.injection import NOTHING
 
 _MOST = 4 * 2**30  # bytes of attention maps that are looked at
 
@@ -131,7 +130,7 @@ def look_inside(
     one = processor.collate(shown).to(model.device) if shown else None
     with quiet(model), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
         effects, loss = _effects(model, batch, one)
-        without = _loss(model, batch, _nothing(batch))
+        without = _loss(model, batch, without_groups(batch))
         attention, note = None, "no attention on visual tokens: none of the pages has an image"
         if one is not None:
             attention, note = _attention(model, processor, one)
@@ -176,12 +175,6 @@ def _loss(model: DeepStackForConditionalGeneration, batch: MultimodalBatch, chan
         return float(model(**{**batch.model_inputs(), **change}, use_cache=False).loss)
 
 
-def _nothing(batch: MultimodalBatch) -> dict[str, Tensor]:
-    """The change to the batch that leaves every group out of both hosts."""
-    inputs = batch.model_inputs()
-    return {name: torch.full_like(inputs[name], NOTHING) for name in ("group_rows", "vit_rows")}
-
-
 def _attention(
     model: DeepStackForConditionalGeneration, processor: DeepStackProcessor, batch: MultimodalBatch
 ) -> tuple[Attention | None, str]:
@@ -198,7 +191,7 @@ def _attention(
             with_all = [_share(each, asks, visual) for each in maps]
             bare = with_all
             if model.plan.injections:
-                bare = [_share(each, asks, visual) for each in _maps(model, batch, _nothing(batch))]
+                bare = [_share(each, asks, visual) for each in _maps(model, batch, without_groups(batch))]
     except (ValueError, RuntimeError) as error:  # an LLM without eager attention, or a device without room
         return None, f"no attention maps: {type(error).__name__}: {error}"
     layer = max(range(len(with_all)), key=lambda number: with_all[number])

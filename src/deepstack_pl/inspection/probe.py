@@ -219,6 +219,12 @@ def without_group(batch: MultimodalBatch, injection: Injection, groups: tuple[De
     return {name: rows}
 
 
+def without_groups(batch: MultimodalBatch) -> dict[str, Tensor]:
+    """The change to the batch that leaves every group out of both hosts."""
+    inputs = batch.model_inputs()
+    return {name: torch.full_like(inputs[name], NOTHING) for name in ("group_rows", "vit_rows")}
+
+
 @contextmanager
 def replaced(model: DeepStackForConditionalGeneration, gates: dict[str, Tensor]) -> Iterator[None]:
     """The model with ``gates`` in the place of its own."""

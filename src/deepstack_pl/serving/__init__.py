@@ -1,0 +1,1 @@
+"""Trained models answer: on the terminal, over HTTP and on a page."""
