@@ -56,8 +56,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="deepstack",
         description="DeepStack: corpora into shards, published checkpoints in and out, runs as Hugging Face folders, "
-        "proof of agreement, reports, comparisons, figures, answers. Training is python train.py, benchmarks are python "
-        "evaluate.py.",
+        "proof of agreement, reports, comparisons, figures, answers. Training is python train.py, asking benchmarks "
+        "python evaluate.py.",
     )
     parser.add_argument("--version", action="version", version=version("deepstack_pl"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
