@@ -31,10 +31,10 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from deepstack_pl.data.images import decode_image
 from deepstack_pl.stacking.config import ModelConfig
 from deepstack_pl.stacking.plan import Plan
 from deepstack_pl.vision.config import ViewsBackend, VisionConfig
+from deepstack_pl.vision.images import decode_image
 from deepstack_pl.vision.views import normalise, views_of
 
 VISION = VisionConfig(name="clip_vit_l_336")

@@ -255,7 +255,7 @@ def test_a_mistake_of_ours_keeps_its_traceback() -> None:
 def test_a_refusal_in_a_data_worker_is_one_sentence() -> None:
     error = ValueError(
         "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-        '  File "/x/deepstack_pl/data/images.py", line 3, in decode_image\n    raise ValueError(\n'
+        '  File "/x/deepstack_pl/vision/images.py", line 3, in decode_image\n    raise ValueError(\n'
         "ValueError: train/a.tar:7.png: not an image. Write it again.\n"
     )
     assert sentence(error, Schema((CONF,))) == "train/a.tar:7.png: not an image. Write it again."

@@ -13,10 +13,10 @@ from deepstack_pl.batch import Refused, Role, Turn
 from deepstack_pl.data import images as pictures
 from deepstack_pl.data.config import DataConfig, FinePrintConfig, MixtureEntry
 from deepstack_pl.data.config import Source as Kind
-from deepstack_pl.data.images import decode_image
 from deepstack_pl.data.index import sidecar
 from deepstack_pl.data.shards import ShardWriter, file_sha256
 from deepstack_pl.data.sources import ShardSource, open_sources
+from deepstack_pl.vision.images import decode_image
 
 RED = Image.new("RGB", (4, 4), "red")
 

@@ -168,14 +168,14 @@ def test_nothing_is_fetched_for_a_prompt(image: str, processor: DeepStackProcess
         processor.apply_chat_template(asks("What?", image), **TO_ANSWER)
 
 
-def test_messages_that_mean_nothing_are_refused_in_a_sentence(
-    processor: DeepStackProcessor, tmp_path: Path, monkeypatch
-) -> None:
+def test_messages_that_mean_nothing_are_refused_in_a_sentence(processor: DeepStackProcessor, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("no picture")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    Image.new("RGB", (40, 40)).save(tmp_path / "bomb.png")
+    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
     for messages, says in (
-        (asks("What?", tmp_path / "bomb.png"), "cannot be read: Image size .* exceeds limit"),
+        (
+            asks("What?", tmp_path / "bomb.png"),
+            "cannot be read: .*an image of 9000 x 9000 pixels; at most 64,000,000 are decoded",
+        ),
         (asks("What?", tmp_path / "none.png"), "cannot be read"),
         (asks("What?", tmp_path / "a.txt"), "cannot be read"),
         ([{"role": "system", "content": "Be brief."}], "role 'system'"),

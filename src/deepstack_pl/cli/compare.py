@@ -191,7 +191,7 @@ class _Pictures:
         return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
     def _read(self, line: "Scored") -> "Image.Image | None":
-        from deepstack_pl.data.images import decode_image
+        from deepstack_pl.vision.images import decode_image
 
         facts = self._its.facts
         if "root" in facts:

@@ -43,7 +43,6 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from deepstack_pl.batch import Record, Role, Turn
-    from deepstack_pl.data.images import decode_image
     from deepstack_pl.evaluation.runner import generate
     from deepstack_pl.inspection.dealt import dealt_figure
     from deepstack_pl.inspection.inside import look_inside
@@ -51,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from deepstack_pl.inspection.plots import plan_figure
     from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
     from deepstack_pl.multimodal.processor import DeepStackProcessor
+    from deepstack_pl.vision.images import decode_image
 
     disable_progress_bar()
     picture = decode_image(args.image.read_bytes(), str(args.image))

@@ -121,8 +121,8 @@ def find(sources: Mapping[str, Keyed], which: str, split: str | None) -> tuple[s
 
 def stored_of(source: "Source", index: int) -> "Stored":
     """What lies on disk."""
-    from deepstack_pl.data.images import sniff
     from deepstack_pl.inspection.sample_words import Stored
+    from deepstack_pl.vision.images import sniff
 
     record, images = source.stored(index)
     lines = tuple(f"{sniff(data) or 'of no known type'}, {len(data):,} bytes" for data in images)

@@ -23,10 +23,10 @@ from numpy import ndarray
 
 from deepstack_pl.batch import Refused
 from deepstack_pl.data.columns import ROWS, Columns
-from deepstack_pl.data.images import EXTENSIONS, image_size
 from deepstack_pl.data.index_rules import broken_rules
 from deepstack_pl.data.llava import source_of, text_length
 from deepstack_pl.data.tars import read_members, refusal
+from deepstack_pl.vision.images import EXTENSIONS, image_size
 
 INDEX_VERSION = 1
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")

@@ -12,13 +12,13 @@ import numpy as np
 from deepstack_pl.batch import Record
 from deepstack_pl.data.columns import Columns
 from deepstack_pl.data.config import DataConfig
-from deepstack_pl.data.images import decode_image, image_size
 from deepstack_pl.data.index import header_size
 from deepstack_pl.data.json_file import JsonList
 from deepstack_pl.data.llava import check_turns, image_names, record_from_llava, source_of, text_length
 from deepstack_pl.data.order import order
 from deepstack_pl.data.progress import bar
 from deepstack_pl.data.records import Outline
+from deepstack_pl.vision.images import decode_image, image_size
 
 HOLD_OUT_SEED = 0  # not the run's: every run of a comparison validates on the same records
 

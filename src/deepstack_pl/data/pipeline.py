@@ -24,11 +24,11 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 from deepstack_pl.batch import MultimodalBatch, Record, Refused, Sample
 from deepstack_pl.data.config import Batching, DataConfig
 from deepstack_pl.data.download import Download, check_url, remote_size, shown
-from deepstack_pl.data.images import decode_image
 from deepstack_pl.data.index import image_members
 from deepstack_pl.data.llava import record_from_llava, source_of
 from deepstack_pl.data.stream import TIMEOUT, Blank, start_worker
 from deepstack_pl.data.tars import read_members
+from deepstack_pl.vision.images import decode_image
 
 BUFFER = 1000  # samples, undecoded, that a worker shuffles among
 LIMITS = (

@@ -14,11 +14,11 @@ from typing import Any
 
 from deepstack_pl.batch import Reason, Refused
 from deepstack_pl.data.corpora import CorpusFiles, Found, LeftOut
-from deepstack_pl.data.images import decode_image, image_size
 from deepstack_pl.data.index import ShardIndex, sidecar
 from deepstack_pl.data.llava import record_from_llava
 from deepstack_pl.data.shards import ShardFile, ShardInfo, sample_members, shard_name, write_json
 from deepstack_pl.data.tars import MAX_MEMBER
+from deepstack_pl.vision.images import decode_image, image_size
 
 RECEIPTS = ".build"
 

@@ -17,9 +17,9 @@ from typing import Any, Self
 from webdataset.writer import TarWriter
 
 from deepstack_pl.batch import Reason, Refused
-from deepstack_pl.data.images import describe_bytes, sniff
 from deepstack_pl.data.index import ShardIndex, build_index, sidecar
 from deepstack_pl.data.tars import BLOCK
+from deepstack_pl.vision.images import describe_bytes, sniff
 
 MANIFEST = "manifest.json"
 MARKER = "unfinished.partial"  # in a folder from the writer's first moment until its manifest is written

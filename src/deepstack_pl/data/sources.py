@@ -23,13 +23,13 @@ from deepstack_pl.data.config import DataConfig
 from deepstack_pl.data.config import Source as Kind
 from deepstack_pl.data.fine_print import write_fine_print
 from deepstack_pl.data.folders import Folder, LocalFolder, open_folder
-from deepstack_pl.data.images import decode_image
 from deepstack_pl.data.index import ShardIndex, image_members
 from deepstack_pl.data.llava import check_turns, record_from_llava
 from deepstack_pl.data.llava_json import split_json
 from deepstack_pl.data.records import Outline, Source
 from deepstack_pl.data.shards import MANIFEST
 from deepstack_pl.data.whole_set import check_set
+from deepstack_pl.vision.images import decode_image
 
 OPEN_SHARDS = 32  # files that one process keeps open
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from deepstack_pl.batch import Record, Role, Turn
-from deepstack_pl.data.images import decode_image
 from deepstack_pl.evaluation.config import TaskConfig
 from deepstack_pl.evaluation.runner import SampleResult
 from deepstack_pl.evaluation.task import Question, Task
 from deepstack_pl.evaluation.tasks.all import find
+from deepstack_pl.vision.images import decode_image
 
 _NAMED = 3  # of what is missing
 

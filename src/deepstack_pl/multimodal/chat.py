@@ -11,9 +11,10 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from deepstack_pl.batch import Record, Role, Turn
+from deepstack_pl.batch import Record, Refused, Role, Turn
 from deepstack_pl.language.conversation import encode, encode_prompt, encode_written
 from deepstack_pl.language.template import IMAGE, Template
+from deepstack_pl.vision.images import decode_image
 
 Message = Mapping[str, Any]
 Images = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
@@ -129,8 +130,6 @@ def _image(part: Mapping[str, Any], place: int) -> Image.Image:
             "Give a PIL image, or the path of a file."
         )
     try:
-        with Image.open(image) as opened:
-            opened.load()
-            return opened
-    except (OSError, Image.DecompressionBombError) as error:
+        return decode_image(Path(image).read_bytes(), str(image))
+    except (OSError, Refused) as error:
         raise ValueError(f"Message {place} has the image {str(image)!r}, which cannot be read: {error}") from error

@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
-from deepstack_pl.data.images import MAX_PIXELS, decode_image, image_size
+from deepstack_pl.vision.images import MAX_PIXELS, decode_image, image_size
 
 
 def bytes_of(url: str, where: str, *, root: Path | None, most: int) -> bytes:

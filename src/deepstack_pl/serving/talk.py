@@ -12,10 +12,10 @@ from pathlib import Path
 from PIL import Image
 
 from deepstack_pl.batch import Record, Role, Turn
-from deepstack_pl.data.images import decode_image
 from deepstack_pl.language.template import IMAGE
 from deepstack_pl.serving.config import Settings
 from deepstack_pl.serving.session import Session
+from deepstack_pl.vision.images import decode_image
 
 _COMMANDS = "/image FILE, /injections on|off, /reset, /quit"
 # What a model writes must not move the cursor or retitle the window: control characters, but for tab and line break.

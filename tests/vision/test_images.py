@@ -20,7 +20,7 @@ from PIL import Image, ImageSequence, features
 
 from deepstack_pl.batch import Reason, Refused
 from deepstack_pl.data import images
-from deepstack_pl.data.images import decode_image, image_size, sniff
+from deepstack_pl.vision.images import decode_image, image_size, sniff
 
 PICTURES = Path(__file__).parent / "pictures"
 STORED = {
