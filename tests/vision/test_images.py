@@ -19,7 +19,7 @@ import simplejpeg
 from PIL import Image, ImageSequence, features
 
 from deepstack_pl.batch import Reason, Refused
-from deepstack_pl.data import images
+from deepstack_pl.vision import images
 from deepstack_pl.vision.images import decode_image, image_size, sniff
 
 PICTURES = Path(__file__).parent / "pictures"
