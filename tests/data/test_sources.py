@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from deepstack_pl.batch import Refused, Role, Turn
-from deepstack_pl.data import images as pictures
+from deepstack_pl.vision import images as pictures
 from deepstack_pl.data.config import DataConfig, FinePrintConfig, MixtureEntry
 from deepstack_pl.data.config import Source as Kind
 from deepstack_pl.data.index import sidecar
