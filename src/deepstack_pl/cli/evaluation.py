@@ -141,9 +141,8 @@ def ask_benchmarks(
                 say=lambda text: console.print(text, markup=False),
             )
         console.print(metrics_table(found))
-        for line in notes(found):
-            console.print(line, markup=False)
-        console.print(f"results.json, records.jsonl: {relative(place)}", markup=False)
+        for line in [*notes(found), f"results.json, records.jsonl: {relative(place)}"]:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         metrics[benchmark.name] = found["metrics"]
     return metrics
 
