@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from deepstack_pl.batch import Refused, Role, Turn
-from deepstack_pl.vision import images as pictures
 from deepstack_pl.data.config import DataConfig, FinePrintConfig, MixtureEntry
 from deepstack_pl.data.config import Source as Kind
 from deepstack_pl.data.index import sidecar
 from deepstack_pl.data.shards import ShardWriter, file_sha256
 from deepstack_pl.data.sources import ShardSource, open_sources
+from deepstack_pl.vision import images as pictures
 from deepstack_pl.vision.images import decode_image
 
 RED = Image.new("RGB", (4, 4), "red")
