@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -148,8 +149,16 @@ def test_arguments_that_do_not_fit_are_refused(folder: Path, given: dict[str, An
         DeepStackChat(**{"pretrained": str(folder), "device": "cpu", **given})
 
 
-def test_the_template_that_was_learned_is_taken_by_name(folder: Path) -> None:
-    assert DeepStackChat(str(folder), conv_template="shipped", device="cpu").processor.template.name == "shipped"
+@pytest.mark.parametrize(("learned", "other"), [("vicuna_v1", "phi3_instruct"), ("phi3_instruct", "vicuna_v1")])
+def test_the_published_names_of_templates_are_taken_where_the_model_learned_them(
+    folder: Path, tmp_path: Path, learned: str, other: str
+) -> None:
+    taught = shutil.copytree(folder, tmp_path / "run")
+    values = json.loads((taught / "config.json").read_text()) | {"template": learned}
+    (taught / "config.json").write_text(json.dumps(values))
+    assert DeepStackChat(str(taught), conv_template=learned, device="cpu").processor.template.name == learned
+    with pytest.raises(ValueError, match=f"conv_template={other}: the model in .* learned {learned}"):
+        DeepStackChat(str(taught), conv_template=other, device="cpu")
 
 
 def test_a_choice_has_the_mean_loss_of_its_own_words_and_their_end(folder: Path) -> None:
