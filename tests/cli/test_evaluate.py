@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from benchmark_files import write_benchmark
 from small_run import STACKED, small_model, small_processor
 from tiny_run import CONF, start
 
+from deepstack_pl.batch import Refused
 from deepstack_pl.cli import main as console
 from deepstack_pl.cli.evaluate import main
 
@@ -85,7 +87,7 @@ def test_without_injections_answers_are_kept_apart_and_compared(run: Path, capsy
     assert with_all != without
     a, b = "run/evaluation/textvqa", "run/evaluation/textvqa-no_injections"
     assert console.main(["compare", a, b, "--to", "page"]) == 0
-    assert "injections differ: True and False" in capsys.readouterr().out
+    assert "injections differs: True and False" in capsys.readouterr().out
 
 
 def test_a_comparison_shows_what_flipped_with_its_picture(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +128,71 @@ def test_other_questions_are_not_compared(run: Path, capsys: pytest.CaptureFixtu
     assert "were asked different questions" in capsys.readouterr().err
 
 
+def test_what_differs_and_what_is_few_is_said_beside_a_comparison(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate("evaluation=textvqa")
+    evaluate("evaluation=textvqa", "to=other/evaluation", "evaluation.tasks.textvqa.max_new_tokens=2")
+    assert console.main(["compare", "run", "other"]) == 0
+    said = capsys.readouterr().out
+    assert "task.max_new_tokens differs: 16 and 2" in said
+    assert "3 pictures are too few to say much" in said
+    assert "versions" not in said
+
+
+def test_a_picture_that_cannot_be_shown_takes_no_other_with_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("evaluation=textvqa")
+    for name in ("run", "other"):
+        place = Path(name) / "evaluation" / "textvqa"
+        if name == "other":
+            shutil.copytree(run / "evaluation", "other/evaluation")
+        lines = [line | {"score": float(name == "run")} for line in records(Path(name), "textvqa")]
+        (place / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    gone = records(run, "textvqa")[0]["image"]
+    (Path("data/benchmarks/textvqa/train_images") / gone).unlink()
+    assert console.main(["compare", "run", "other", "--to", "pages"]) == 0
+    assert "2 of 6 pictures cannot be shown" in capsys.readouterr().out
+    assert Path("pages/run--other.html").read_text().count("data:image/jpeg;base64") == 4
+
+
+def test_a_picture_outside_the_benchmarks_folder_is_not_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("evaluation=textvqa")
+    shutil.copytree(run / "evaluation", "other/evaluation")
+    secret = Path("data/benchmarks/docvqa/documents")
+    name = next(secret.iterdir()).name
+    for folder, score in (("run", 1.0), ("other", 0.0)):
+        file = Path(folder) / "evaluation" / "textvqa" / "records.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        lines[0] |= {"score": score, "image": f"../../docvqa/documents/{name}"}
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert console.main(["compare", "run", "other", "--to", "pages"]) == 0
+    assert "no file of the benchmark's pictures" in capsys.readouterr().out
+
+
+def test_names_that_look_like_marks_of_the_terminal_are_printed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path("data/benchmarks/chartqa/test")
+    (root / "test_human.json").rename(root / "test_[red]x.json")
+    words = (
+        "evaluation=chartqa",
+        "evaluation.tasks.chartqa.questions=['test/test_[red]x.json','test/test_augmented.json']",
+    )
+    assert evaluate(*words) == 0
+    shutil.copytree(run / "evaluation", "other/evaluation")
+    assert console.main(["compare", "run", "other"]) == 0
+    assert capsys.readouterr().out.count("[red]x") == 2
+
+
+def test_other_settings_of_generation_are_another_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("evaluation=textvqa")
+    file = run / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 5.0}))
+    assert evaluate("evaluation=textvqa") == 1
+    assert re.search(r"model was '\w+', is '\w+'", capsys.readouterr().err)
+    assert evaluate("evaluation=textvqa", "fresh=true", "attention=eager") == 0
+    assert evaluate("evaluation=textvqa") == 1
+    assert "attention was 'eager', is 'sdpa'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -139,6 +206,7 @@ def test_other_questions_are_not_compared(run: Path, capsys: pytest.CaptureFixtu
         (["evaluation=textvqa", "dtype=int8"], "dtype=int8: use float32, bfloat16, float16"),
         (["model=baseline"], "Unknown key model"),
         (["-m", "evaluation=textvqa"], "takes one model at a time"),
+        (["evaluation=textvqa", "to=run/config.json"], "to=run/config.json is a file"),
     ],
 )
 def test_what_cannot_be_asked_is_one_sentence(
@@ -184,10 +252,30 @@ def test_a_runs_own_samples_are_asked_as_its_last_evaluation_did(
     folder = tmp_path / "run"
     results = start(folder=folder)
     assert main(CONF, [f"ckpt={folder}"]) == 0
+    assert main(CONF, [f"ckpt={folder}"]) == 1  # nothing is written over
+    assert main(CONF, [f"ckpt={folder}", "fresh=true"]) == 0
+    assert main(CONF, [f"ckpt={folder}", "fresh=true", "evaluation.confidence=0.5"]) == 1  # its own config's
     assert found(folder, "held_out")["metrics"] == results["metrics"]
     again = (folder / "evaluation" / "held_out" / "predictions.jsonl").read_text()
     assert again == (folder / "predictions.jsonl").read_text()
     assert console.main(["compare", str(folder), str(folder / "evaluation" / "held_out")]) == 0
+
+
+def test_a_picture_that_cannot_be_read_ends_no_run_after_its_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = write_benchmark("chartqa", tmp_path / "chartqa")
+    spoilt = tmp_path / "chartqa" / config.images / "multi_col_2.png"
+    spoilt.write_bytes(spoilt.read_bytes()[:60])
+    words = ("evaluation=[final,chartqa]", f"evaluation.tasks.chartqa.root={tmp_path / 'chartqa'}")
+    with pytest.raises(Refused, match="cut off or damaged"):  # before the first step, where it is looked at
+        start(*words, folder=tmp_path / "first")
+    more = ("evaluation.samples=1", "evaluation.final_samples=4", "evaluation.max_new_tokens=20")
+    results = start(*words, *more, folder=tmp_path / "run")
+    assert results["status"] == "finished"
+    assert "cut off or damaged" in results["benchmarks_failed"]["chartqa"]
+    assert results["metrics"]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from deepstack_pl.evaluation.answers import (
     chosen,
     levenshtein,
 )
-from deepstack_pl.evaluation.metrics import clustered_interval, wilson_interval
+from deepstack_pl.evaluation.intervals import clustered_interval, wilson_interval
 from deepstack_pl.evaluation.task import Question
 
 EVERY: list[type[AnswerMetric]] = [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from benchmark_files import write_benchmark
+from PIL import Image
 from small_run import small_model, small_processor
 
 from deepstack_pl.batch import Refused
@@ -30,6 +31,10 @@ def benchmark(tmp_path):
 
 def opened(folder: Path, name: str = "chartqa", samples: int = 6, **more) -> Benchmark:
     return Benchmark.open(name, replace(write_benchmark(name, folder, samples), max_new_tokens=4, **more))
+
+
+def opened_again(benchmark: Benchmark) -> Benchmark:
+    return Benchmark.open(benchmark.name, benchmark.config)
 
 
 def keep_in(folder, model, benchmark, **more):
@@ -149,7 +154,7 @@ def test_missing_pictures_are_counted_before_anything_is_asked(tmp_path):
     config = write_benchmark("chartqa", tmp_path)
     for file in sorted((tmp_path / config.images).iterdir())[1:]:
         file.unlink()
-    with pytest.raises(ValueError, match=r"2 of 3 pictures are not in .*multi_col_2\.png, multi_col_1\.png"):
+    with pytest.raises(ValueError, match=r"2 of 3 pictures are not in .*multi_col_1\.png, multi_col_2\.png"):
         Benchmark.open("chartqa", config)
 
 
@@ -176,3 +181,68 @@ def test_half_a_surrogate_pair_in_a_question_is_kept_as_it_is(model, benchmark, 
 def test_numbers_that_ask_nothing_are_refused(tmp_path, change, says):
     with pytest.raises(ValueError, match=says):
         Benchmark.open("chartqa", replace(write_benchmark("chartqa", tmp_path), **change))
+
+
+def test_answers_that_nobody_says_who_made_are_never_taken_over(model, benchmark, tmp_path):
+    """A kill while earlier answers are renamed leaves them without their identity."""
+    keep_in(tmp_path / "kept", model, benchmark)
+    (tmp_path / "kept" / "identity.json").unlink()
+    found = ask_and_keep(
+        model, small_processor(), benchmark, SOME, tmp_path / "kept", made_by={**MADE_BY, "model": "4567"}, facts={}
+    )
+    assert (found["model"], found["answered_before"]) == ("4567", 0)
+    assert (tmp_path / "kept" / "before_1" / "records.jsonl").is_file()
+
+
+def test_a_line_of_zeros_that_a_power_cut_left_is_asked_again(model, benchmark, tmp_path):
+    with pytest.raises(Stop):
+        keep_in(tmp_path / "kept", model, benchmark, advance=stop_after(4))
+    with (tmp_path / "kept" / "answers.0.jsonl").open("ab") as file:
+        file.write(bytes(40) + b"\n{}\n")
+    assert keep_in(tmp_path / "kept", model, benchmark)["answered_before"] == 4
+
+
+def test_other_pictures_under_the_same_names_are_noticed(model, benchmark, tmp_path):
+    with pytest.raises(Stop):
+        keep_in(tmp_path / "kept", model, benchmark, advance=stop_after(4))
+    Image.new("RGB", (90, 50), "red").save(benchmark.picture(0))
+    with pytest.raises(ValueError, match="pictures was"):
+        keep_in(tmp_path / "kept", model, opened_again(benchmark))
+
+
+def test_another_confidence_is_reckoned_from_the_records(model, benchmark, tmp_path):
+    keep_in(tmp_path / "kept", model, benchmark)
+    half = TasksConfig(batch_size=2, confidence=0.5)
+    place = tmp_path / "kept"
+    found = ask_and_keep(model, small_processor(), benchmark, half, place, made_by=MADE_BY, facts={})
+    assert "ci50" in found["metrics"]["all"]
+    assert "ci50" in json.loads((place / "results.json").read_text())["metrics"]["all"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".", "held_out", "x-no_injections", "n" * 300, "a\0b"])
+def test_a_benchmark_is_not_called_what_no_folder_of_its_own_can_be(tmp_path, name):
+    with pytest.raises(ValueError, match="results lie in a folder of that name"):
+        Benchmark.open(name, write_benchmark("chartqa", tmp_path))
+
+
+@pytest.mark.parametrize(("kind", "says"), [("all", "'all' is that of all"), ("a\0b", "kinds are printed")])
+def test_a_kind_that_would_hide_the_total_or_cannot_be_printed_is_refused(tmp_path, kind, says):
+    config = write_benchmark("seed", tmp_path)
+    file = tmp_path / config.questions[0]
+    values = json.loads(file.read_text())
+    values["question_type"] = {
+        kind if number == 1 else name: number for name, number in values["question_type"].items()
+    }
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=says):
+        Benchmark.open("seed", config)
+
+
+def test_a_placeholder_of_pictures_in_a_question_is_refused_with_its_record(tmp_path):
+    config = write_benchmark("chartqa", tmp_path)
+    file = tmp_path / config.questions[0]
+    values = json.loads(file.read_text())
+    values[1]["query"] = "What does <image> mean?"
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"test_human\.json, record 1.*<image> stands in its question"):
+        Benchmark.open("chartqa", config)

@@ -117,6 +117,8 @@ def test_a_setting_that_is_not_read_is_refused_and_one_of_llavas_is_told_of_once
 ) -> None:
     with pytest.raises(ValueError, match="repetition_penalty, which deepstack_pl does not read"):
         ask(chat, lambda n: {"repetition_penalty": 1.2}, range(1))
+    with pytest.raises(ValueError, match="temperature='hot': use a number"):
+        ask(chat, lambda n: {**greedy(n), "temperature": "hot"}, range(1))
     for _ in range(2):
         ask(chat, lambda n: {**greedy(n), "image_aspect_ratio": "pad"}, range(2))
     assert capsys.readouterr().out.count("image_aspect_ratio=pad is not read") == 1
@@ -142,6 +144,7 @@ def test_what_it_cannot_see_is_refused_with_the_sample(chat: DeepStackChat, part
         ({"dtype": "int8"}, "dtype=int8: use float32, bfloat16, float16"),
         ({"batch_size": "auto"}, "--batch_size auto"),
         ({"pretrained": "nowhere"}, "pretrained=nowhere: no model lies there"),
+        ({"injections": "no"}, "injections=no: use True or False"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(folder: Path, given: dict[str, Any], says: str) -> None:

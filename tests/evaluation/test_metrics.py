@@ -5,14 +5,8 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from deepstack_pl.evaluation.metrics import (
-    FactAccuracy,
-    clustered_interval,
-    effective_facts,
-    interval_name,
-    score,
-    wilson_interval,
-)
+from deepstack_pl.evaluation.intervals import clustered_interval, effective_facts, interval_name, wilson_interval
+from deepstack_pl.evaluation.metrics import FactAccuracy, score
 
 Z = NormalDist().inv_cdf(0.975)
 

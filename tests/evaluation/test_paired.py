@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from deepstack_pl.evaluation.intervals import wilson_interval
 from deepstack_pl.evaluation.paired import bootstrap, difference, holm, interval
 
 
@@ -20,7 +21,10 @@ def test_a_difference_is_that_of_the_facts_and_its_interval_is_of_all_draws_ther
     every = np.array([sum((3, 0, -1, 2)[i] for i in draw) / 16 for draw in product(range(4), repeat=4)])
     assert found.low == pytest.approx(np.quantile(every, 0.05), abs=0.07)
     assert found.high == pytest.approx(np.quantile(every, 0.95), abs=0.07)
-    assert found.p == pytest.approx((np.abs(every - found.delta) >= found.delta - 1e-12).mean(), abs=0.02)
+    signs = [
+        abs(sum(s * d for s, d in zip(each, (3, 0, -1, 2), strict=True))) >= 4 for each in product((1, -1), repeat=4)
+    ]
+    assert found.p == pytest.approx(np.mean(signs))
 
 
 def test_samples_weigh_as_many_facts_as_they_hold() -> None:
@@ -50,6 +54,14 @@ def test_what_is_hard_for_both_counts_for_neither() -> None:
     assert found.low == pytest.approx(1 / 12)
     assert found.high == pytest.approx(1 / 12)
     assert interval(ours)[1] - interval(ours)[0] > 0.1
+
+
+@pytest.mark.parametrize(("samples", "p"), [(1, 1), (2, 0.5), (5, 2 / 32), (10, 2 / 1024)])
+def test_few_samples_that_all_agree_are_few(samples: int, p: float) -> None:
+    found = difference({0: scores(*[4] * samples)}, {0: scores(*[0] * samples)})
+    assert found.p == pytest.approx(p)
+    assert found.low == pytest.approx(wilson_interval(samples, samples, 0.95)[0])
+    assert found.high == 1
 
 
 def test_an_arm_against_itself_is_no_difference() -> None:

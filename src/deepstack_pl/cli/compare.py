@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import os
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,16 +49,19 @@ def run(args: argparse.Namespace) -> int:
     a, b = (newest() if folder.absolute() == LATEST.absolute() else folder for folder in (args.a, args.b))
     pairs, notes = _pairs(a, b)
     console = Console(soft_wrap=True, highlight=False)
-    for each in pairs:
+    shown = [_shown(each, args.show) for each in pairs]
+    for each, page in zip(pairs, shown, strict=True):
         console.print(_table(each))
-        for line in each.notes:
+        for line in page["notes"]:
             console.print(line, markup=False)
     for line in notes:
         console.print(line, markup=False)
     folder = args.to or a / "compare"
-    file = folder / f"{_slug(a)}--{_slug(b)}.html"
+    names = [_slug(each) for each in (a, b)]
+    if len(set(names)) == 1:
+        names = ["_".join(each.resolve().parts[-2:]) for each in (a, b)]
+    file = folder / f"{'--'.join(names)}.html"
     pages = Environment(loader=PackageLoader("deepstack_pl.cli", "pages"), autoescape=True)
-    shown = [_shown(each, args.show) for each in pairs]
     text = pages.get_template("compare.html").render(a=relative(a), b=relative(b), pairs=shown, notes=notes)
     write_text(file, text)
     console.print(f"page: {relative(file)}", markup=False)
@@ -107,13 +111,14 @@ def _of_one(folder: Path) -> bool:
 
 
 def _table(pair: "Pair") -> Any:
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=pair.ours.name)
+    table = Table(title=escape(pair.ours.name))
     for name in ("", "A", "B", "A - B", "p", "A better", "B better"):
         table.add_column(name, justify="right" if name else "left")
     for row in pair.rows:
-        table.add_row(*cells(row), *_counts(pair, row.kind))
+        table.add_row(*(escape(cell) for cell in cells(row)), *_counts(pair, row.kind))
     return table
 
 
@@ -140,7 +145,10 @@ def _shown(pair: "Pair", show: int) -> dict[str, Any]:
         "A is better": [_flip(each, pictures) for each in pair.better[:show]],
         "B is better": [_flip(each, pictures) for each in pair.worse[:show]],
     }
-    headlines = [each.headline for each in (pair.ours, pair.theirs) if each.headline is not None]
+    same = (
+        pair.ours.lines.keys() == pair.theirs.lines.keys()
+    )  # else its numbers are of other questions than the table's
+    headlines = [each.headline for each in (pair.ours, pair.theirs) if each.headline is not None and same]
     numbers = " and ".join(f"{value:.3f}" for _, value in headlines)
     return {
         "name": pair.ours.name,
@@ -150,7 +158,7 @@ def _shown(pair: "Pair", show: int) -> dict[str, Any]:
         "same": pair.same,
         "left": {"A is better": len(pair.better), "B is better": len(pair.worse)},
         "flips": flips,
-        "notes": [*pair.notes, *([pictures.problem] if pictures.problem else [])],
+        "notes": [*pair.notes, *pictures.notes],
     }
 
 
@@ -168,20 +176,25 @@ def _flip(both: "tuple[Scored, Scored]", pictures: "_Pictures") -> dict[str, Any
 
 
 class _Pictures:
-    """The pictures of what was asked, as data URIs; ``problem`` says why there are none."""
+    """The pictures of what was asked, as data URIs; those that cannot be shown are counted."""
 
     def __init__(self, answered: "Answered") -> None:
-        self.problem, self._its, self._source = "", answered, None
+        self._its, self._source, self._asked, self._failed = answered, None, 0, list[str]()
+
+    @property
+    def notes(self) -> list[str]:
+        if not self._failed:
+            return []
+        return [f"{len(self._failed)} of {self._asked} pictures cannot be shown. {self._failed[0]}"]
 
     def of(self, line: "Scored") -> str | None:
         from deepstack_pl.batch import Refused
 
-        if self.problem:
-            return None
+        self._asked += 1
         try:
             picture = self._read(line)
         except (Refused, OSError, ValueError) as error:
-            self.problem = f"no pictures: {error}"
+            self._failed.append(str(error))
             return None
         if picture is None:
             return None
@@ -195,17 +208,27 @@ class _Pictures:
 
         facts = self._its.facts
         if "root" in facts:
-            file = Path(facts["root"]) / facts["task"]["images"] / line.picture
+            folder = (Path(facts["root"]) / facts["task"]["images"]).absolute()
+            file = folder / line.picture
+            if not file.is_file() or not Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder)):
+                raise ValueError(f"{file}: no file of the benchmark's pictures. Evaluate again where they lie now.")
             return decode_image(file.read_bytes(), str(file))
         if self._source is None:
             from deepstack_pl.config.load import load
             from deepstack_pl.data.sources import open_sources
 
-            folder = self._its.folder
-            run = next(place for place in (folder, *folder.parents[:2]) if (place / "config.yaml").is_file())
-            self._source = open_sources(load(run / "config.yaml", []).data)[1]
+            self._source = open_sources(load(self._config(), []).data)[1]
         images = self._source[line.index].images
         return images[0].copy() if images else None
+
+    def _config(self) -> Path:
+        """The config.yaml of the run whose own samples were asked."""
+        folder = self._its.folder
+        places = [folder, *folder.parents[:2], Path(self._its.facts.get("ckpt", ""))]
+        for place in places:
+            if (place / CONFIG).is_file():
+                return place / CONFIG
+        raise ValueError(f"{folder}: the config.yaml of its run is not found. Name the run's own folder as A.")
 
 
 def _slug(folder: Path) -> str:

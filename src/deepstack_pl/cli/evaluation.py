@@ -12,33 +12,38 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from deepstack_pl import processes
 from deepstack_pl.cli.export import require_finished
 from deepstack_pl.cli.folders import CONFIG, RESULTS, relative, with_model
 from deepstack_pl.cli.machines import started
 from deepstack_pl.cli.provenance import device_name, git, versions, without_passwords
-from deepstack_pl.cli.report import share
+from deepstack_pl.cli.report import benchmark_notes, benchmark_table, share
 from deepstack_pl.cli.surroundings import bar_on, be_quiet
 from deepstack_pl.config.evaluate import EvaluateConfig
 from deepstack_pl.config.load import load
 from deepstack_pl.data.sources import open_sources
 from deepstack_pl.evaluation.asking import ask_and_keep
-from deepstack_pl.evaluation.benchmark import Benchmark
+from deepstack_pl.evaluation.benchmark import HELD_OUT, WITHOUT, Benchmark
 from deepstack_pl.evaluation.config import TasksConfig
+from deepstack_pl.evaluation.intervals import interval_name
 from deepstack_pl.evaluation.kept import Others
-from deepstack_pl.evaluation.metrics import interval_name
 from deepstack_pl.evaluation.runner import evaluate
 from deepstack_pl.files import write_text
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
-from deepstack_pl.processes import from_first, rank
+from deepstack_pl.processes import from_first, rank, several
 
 FOLDER = "evaluation"  # in a run's folder
-HELD_OUT = "held_out"  # the run's own samples, which it was not trained on
 _TIMEOUT = 3600.0  # seconds that one process waits for another: shares of a benchmark take unequally long
-_MAKERS = ("torch", "transformers", "open_clip", "pillow", "deepstack_pl")  # whose version may change an answer
+_MAKERS = (
+    "torch",
+    "transformers",
+    "open_clip",
+    "pillow",
+    "simplejpeg",
+    "deepstack_pl",
+)  # whose version may change an answer
 
 
 def execute(config: EvaluateConfig, command: str) -> None:
@@ -49,6 +54,9 @@ def execute(config: EvaluateConfig, command: str) -> None:
     """
     folder = with_model(Path(config.ckpt))
     require_finished(folder)
+    where = Path(config.to) if config.to else folder / FOLDER
+    if where.exists() and not where.is_dir():
+        raise ValueError(f"to={where} is a file, but answers need a folder. Name one, or one that is not there yet.")
     device = _device(config)
     if started():
         processes.join(_TIMEOUT, device)
@@ -61,7 +69,6 @@ def execute(config: EvaluateConfig, command: str) -> None:
     made_by = from_first(made_by_model(folder, model) if rank() == 0 else {})
     facts: dict[str, Any] = {"ckpt": relative(folder), "command": without_passwords(command)}
     facts |= {"git": git(), "device": device_name(device)}
-    where = Path(config.to) if config.to else folder / FOLDER
     if not benchmarks:
         _held_out(config, folder, where, model, processor, {**made_by, **facts}, console)
     ask_benchmarks(
@@ -88,24 +95,34 @@ def at_the_end(
     results: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """What benchmarks say of a run that has trained, kept as evaluate.py keeps it; what earlier weights of it answered
-    gets another name. ``results`` are the run's.
+    gets another name. ``results`` are the run's: training is done, and a benchmark that cannot be asked to its end is
+    said there.
     """
     if not benchmarks:
         return {}
     made_by = from_first(made_by_model(folder, network) if rank() == 0 else {})
     facts = {"ckpt": relative(folder), "command": results["starts"][-1]["command"]}
     facts |= {name: results[name] for name in ("device", "git")}
-    return ask_benchmarks(
-        network,
-        processor,
-        benchmarks,
-        config,
-        folder / FOLDER,
-        console,
-        made_by=made_by,
-        facts=facts,
-        others=Others.renamed,
-    )
+    found: dict[str, dict[str, Any]] = {}
+    for benchmark in benchmarks:
+        try:
+            found |= ask_benchmarks(
+                network,
+                processor,
+                [benchmark],
+                config,
+                folder / FOLDER,
+                console,
+                made_by=made_by,
+                facts=facts,
+                others=Others.renamed,
+            )
+        except (ValueError, OSError) as error:
+            if several():  # the other processes wait for this one
+                raise
+            console.print(f"{benchmark.name}: {error}", markup=False, highlight=False, soft_wrap=True)
+            results.setdefault("benchmarks_failed", {})[benchmark.name] = str(error)
+    return found
 
 
 def ask_benchmarks(
@@ -140,36 +157,11 @@ def ask_benchmarks(
                 advance=advance,
                 say=lambda text: console.print(text, markup=False),
             )
-        console.print(metrics_table(found))
-        for line in [*notes(found), f"results.json, records.jsonl: {relative(place)}"]:
+        console.print(benchmark_table(found))
+        for line in [*benchmark_notes(found), f"results.json, records.jsonl: {relative(place)}"]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         metrics[benchmark.name] = found["metrics"]
     return metrics
-
-
-def metrics_table(found: dict[str, Any]) -> Table:
-    """The numbers of one benchmark, of all its samples and by kind."""
-    table = Table(title=found["name"])
-    names = [name for name, value in next(iter(found["metrics"].values())).items() if not isinstance(value, list)]
-    for name in ("", *names):
-        table.add_column(name.replace("_", " "), justify="right" if name else "left")
-    for kind, values in found["metrics"].items():
-        interval = next((value for value in values.values() if isinstance(value, list)), None)
-        cells = [f"{values[name]:,}" if isinstance(values[name], int) else share(values[name]) for name in names]
-        first = values[names[0]]
-        if interval and isinstance(first, float):
-            cells[0] = share(first, interval)
-        table.add_row(kind, *cells)
-    return table
-
-
-def notes(found: dict[str, Any]) -> list[str]:
-    """What a reader of the numbers must know."""
-    left = found.get("not_asked", [])
-    lines = [f"{len(left)} questions were not asked and count as not answered. {left[0]}"] if left else []
-    if not found["injections"]:
-        lines.append("injections=false: nothing was stacked")
-    return lines
 
 
 def _advance(progress: Progress | None, benchmark: Benchmark) -> Callable[[int], None]:
@@ -179,7 +171,7 @@ def _advance(progress: Progress | None, benchmark: Benchmark) -> Callable[[int],
 
 
 def _name(name: str, injections: bool) -> str:
-    return name if injections else f"{name}-no_injections"
+    return name if injections else f"{name}{WITHOUT}"
 
 
 def _device(config: EvaluateConfig) -> torch.device:
@@ -209,14 +201,22 @@ def _load(
 def made_by_model(folder: Path, model: DeepStackForConditionalGeneration) -> dict[str, Any]:
     """What answers depend on beside the questions: every byte of the model, and what computes."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer*")]):
+    for file in sorted(
+        [
+            *folder.glob("*.safetensors"),
+            folder / "config.json",
+            *folder.glob("generation_config.json"),
+            *folder.glob("tokenizer*"),
+        ]
+    ):
         with file.open("rb") as opened:
             digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
     known = versions()
     return {
         "model": digest.hexdigest()[:16],
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device_type": model.device.type,
+        "attention": model.config._attn_implementation,
+        "hardware": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
         "versions": {name: known[name] for name in _MAKERS},
     }
 
@@ -236,6 +236,15 @@ def _held_out(
             f"{folder} is no run of train.py, and has no held-out samples of its own. Say which benchmarks to ask: "
             "'evaluation=[textvqa,docvqa]'; python evaluate.py --help names all."
         )
+    asked = config.evaluation
+    if (asked.batch_size, asked.confidence) != (TasksConfig().batch_size, TasksConfig().confidence):
+        raise ValueError(
+            f"evaluation.batch_size={asked.batch_size} evaluation.confidence={asked.confidence}: a run's own samples "
+            "are asked as its config.yaml says. Leave both out, or name benchmarks with them."
+        )
+    place = where / _name(HELD_OUT, config.injections)
+    if (place / RESULTS).is_file() and not config.fresh:
+        raise ValueError(f"{place} holds answers already. Say fresh=true to replace them, or to=FOLDER.")
     run = load(folder / CONFIG, [])
     source = open_sources(run.data)[1]
     console.print(f"held out: {source.describe()}", markup=False)
@@ -245,7 +254,7 @@ def _held_out(
         found = evaluate(model, processor, source, its, its.final_samples, progress, injections=config.injections)
     if rank():
         return
-    place = where / _name(HELD_OUT, config.injections)
+    (place / RESULTS).unlink(missing_ok=True)  # until all of it is there
     lines = [json.dumps(record.to_dict(), ensure_ascii=False) for record in found.records]
     write_text(place / "predictions.jsonl", "\n".join(lines) + "\n")
     results = {
@@ -262,6 +271,6 @@ def _held_out(
     for kind, values in found.metrics.items():
         said = share(values["accuracy"], values[interval])
         console.print(f"{kind}: {said} of {values['facts']:,} facts", markup=False)
-    for line in notes(results):
+    for line in benchmark_notes(results):
         console.print(line, markup=False)
     console.print(f"results.json, predictions.jsonl: {relative(place)}", markup=False)

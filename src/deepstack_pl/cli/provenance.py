@@ -29,6 +29,7 @@ _PACKAGES = {
     "lightning": "lightning",
     "open_clip": "open_clip_torch",
     "pillow": "pillow",
+    "simplejpeg": "simplejpeg",
     "webdataset": "webdataset",
     "deepstack_pl": "deepstack_pl",
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from deepstack_pl.cli.folders import CHECKPOINTS, RESULTS, relative
@@ -53,6 +54,31 @@ def metrics_table(results: dict[str, Any]) -> Table:
         accuracy = share(found["accuracy"], interval_of(found))
         table.add_row(kind, accuracy, share(found["exact_match"]), f"{found['facts']:,}", f"{found['samples']:,}")
     return table
+
+
+def benchmark_table(found: dict[str, Any]) -> Table:
+    """The numbers of one benchmark, of all its samples and by kind."""
+    table = Table(title=escape(found["name"]))
+    names = [name for name, value in next(iter(found["metrics"].values())).items() if not isinstance(value, list)]
+    for name in ("", *names):
+        table.add_column(name.replace("_", " "), justify="right" if name else "left")
+    for kind, values in found["metrics"].items():
+        interval = next((value for value in values.values() if isinstance(value, list)), None)
+        cells = [f"{values[name]:,}" if isinstance(values[name], int) else share(values[name]) for name in names]
+        first = values[names[0]]
+        if interval and isinstance(first, float):
+            cells[0] = share(first, interval)
+        table.add_row(escape(kind), *cells)
+    return table
+
+
+def benchmark_notes(found: dict[str, Any]) -> list[str]:
+    """What a reader of the numbers must know."""
+    left = found.get("not_asked", [])
+    lines = [f"{len(left)} questions were not asked and count as not answered. {left[0]}"] if left else []
+    if not found["injections"]:
+        lines.append("injections=false: nothing was stacked")
+    return lines
 
 
 def summary(results: dict[str, Any], folder: Path) -> list[str]:

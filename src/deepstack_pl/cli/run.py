@@ -261,6 +261,7 @@ class _Run:
         network = self.work.module.to(self.work.trainer.strategy.root_device).network
         with bar_on(self.console) as progress:
             found = evaluate(network, self.work.processor, self.work.val, config, config.final_samples, progress)
+        self.results |= {"metrics": found.metrics, "not_asked": list(found.not_asked)}
         asked = self.work.generation.benchmarks
         benchmarks = at_the_end(self.folder, network, self.work.processor, asked, config, self.console, self.results)
         peaks = from_all(self.memory.peaks())
@@ -279,8 +280,7 @@ class _Run:
         self.results["seconds"]["evaluate"] += time.perf_counter() - start
         status = "interrupted" if self.results["interrupted"] else "finished"
         most = {name: max(each.get(name, 0) for each in peaks) for name in peaks[0]}  # of any one process
-        self.results |= {"status": status, "metrics": found.metrics, "peak_memory_bytes": most}
-        self.results["not_asked"] = list(found.not_asked)
+        self.results |= {"status": status, "peak_memory_bytes": most}
         self.results |= {"benchmarks": benchmarks} if benchmarks else {}
         write_results(self.folder, self.results)
 

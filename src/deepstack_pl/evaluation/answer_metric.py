@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from deepstack_pl.evaluation.metrics import clustered_interval, interval_name
+from deepstack_pl.evaluation.intervals import clustered_interval, interval_name
 from deepstack_pl.evaluation.task import Question
 
 ALL = "all"  # every sample, of whatever kind
@@ -27,7 +27,7 @@ class AnswerMetric(Metric):
 
     State: rows of (kind, picture, values), and the names of the kinds; distributed runs gather both. Nothing depends on
     the order of updates. Questions about one picture are not independent: intervals are clustered by picture, as
-    `metrics.clustered_interval` says.
+    `intervals.clustered_interval` says.
 
     Attributes:
         headline: what the mean is called in results.

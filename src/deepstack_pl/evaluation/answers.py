@@ -9,7 +9,7 @@ import numpy as np
 
 from deepstack_pl.evaluation import vqa_words
 from deepstack_pl.evaluation.answer_metric import AnswerMetric, Rows, by_picture, counts, mean
-from deepstack_pl.evaluation.metrics import clustered_interval, interval_name
+from deepstack_pl.evaluation.intervals import clustered_interval, interval_name
 from deepstack_pl.evaluation.paired import bootstrap
 from deepstack_pl.evaluation.task import Question
 

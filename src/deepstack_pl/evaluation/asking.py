@@ -80,12 +80,18 @@ def ask_and_keep(
     kept = Kept(folder, rank())
     task = {key: value for key, value in asdict(benchmark.config).items() if key not in ("root", "samples")}
     asked = {"task": task, "questions": len(benchmark), "fingerprint": benchmark.fingerprint, "injections": injections}
+    asked["pictures"] = benchmark.pictures
     with closing(kept):
         known = _begin(kept, {**asked, **made_by}, others, say)
         advance(len(known))
         start = time.perf_counter()
         if kept.finished and len(known) == len(benchmark):
-            return from_first(read_results(folder) if rank() == 0 else {})
+            before = from_first(read_results(folder) if rank() == 0 else {})
+            lines = [known[index] for index in sorted(known)]
+            said = {"metrics": benchmark.metrics(lines, config.confidence), "root": benchmark.config.root}
+            if rank() == 0:
+                kept.finish(lines, before | said)
+            return before | said
         lines = ask(
             model,
             processor,

@@ -1,6 +1,8 @@
 """A benchmark over local copies of its published files: what is asked, and what becomes of an answer."""
 
 import hashlib
+import re
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +15,10 @@ from deepstack_pl.evaluation.task import Question, Task
 from deepstack_pl.evaluation.tasks.all import find
 from deepstack_pl.vision.images import decode_image
 
+HELD_OUT = "held_out"  # a run's own samples, among the folders of benchmarks
+WITHOUT = "-no_injections"  # ends the name of what was answered with nothing stacked
 _NAMED = 3  # of what is missing
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,79}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ class Benchmark:
 
     Attributes:
         fingerprint: SHA-256 of its files of questions and answers; pictures are named by them, not read.
+        pictures: SHA-256 of the names and sizes of its pictures.
         left_out: a sentence about questions of its files that nobody asks; "" where there is none.
     """
 
@@ -59,6 +65,7 @@ class Benchmark:
     questions: tuple[Question, ...]
     fingerprint: str
     left_out: str
+    pictures: str
 
     @classmethod
     def open(cls, name: str, config: TaskConfig) -> Self:
@@ -67,6 +74,11 @@ class Benchmark:
         Raises:
             ValueError: there is no such task, a file is missing or not what it should be, or pictures are missing.
         """
+        if not _NAME.fullmatch(name) or name == HELD_OUT or name.endswith(WITHOUT):
+            raise ValueError(
+                f"evaluation.tasks.{name}: results lie in a folder of that name. Take letters, digits, '_', '-' and "
+                f"'.', at most 80, the first a letter or digit; {HELD_OUT!r} and endings in {WITHOUT!r} are taken."
+            )
         task = find(config.task)
         if config.samples is not None and config.samples < 1:
             raise ValueError(f"evaluation.tasks.{name}.samples={config.samples}: use 1 or more, or null for all.")
@@ -79,9 +91,8 @@ class Benchmark:
         for file in (*config.questions, *config.annotations):
             with (Path(config.root) / file).open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
-        found = cls(name, config, task, tuple(questions), digest.hexdigest(), task.left_out(config))
-        found._require_pictures()
-        return found
+        pictures = _pictures(name, config, questions)
+        return cls(name, config, task, tuple(questions), digest.hexdigest(), task.left_out(config), pictures)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -135,13 +146,31 @@ class Benchmark:
         its = self.questions[index]
         return Line(index, its.key, its.kind, its.image, its.prompt, said, its.answers, score, why)
 
-    def _require_pictures(self) -> None:
-        names = {question.image: index for index, question in reversed(list(enumerate(self.questions)))}
-        missing = [name for name, index in names.items() if not self.picture(index).is_file()]
-        if missing:
-            few = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
-            raise ValueError(
-                f"{self.name}: {len(missing):,} of {len(names):,} pictures are not in "
-                f"{Path(self.config.root) / self.config.images}: {few}. Fetch them (docs/benchmarks.md says from "
-                f"where), or say evaluation.tasks.{self.name}.images=FOLDER."
-            )
+
+def _pictures(name: str, config: TaskConfig, questions: Sequence[Question]) -> str:
+    """A digest of what pictures are there.
+
+    Raises:
+        ValueError: some are not.
+    """
+    folder, digest, missing = Path(config.root) / config.images, hashlib.sha256(), list[str]()
+    names = list(dict.fromkeys(question.image for question in questions))
+    for image in names:
+        try:
+            digest.update(f"{image}\0{_size(folder / image)}\0".encode("utf-8", "backslashreplace"))
+        except OSError:
+            missing.append(image)
+    if missing:
+        few = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        raise ValueError(
+            f"{name}: {len(missing):,} of {len(names):,} pictures are not in {folder}: {few}. Fetch them "
+            f"(docs/benchmarks.md says from where), or say evaluation.tasks.{name}.images=FOLDER."
+        )
+    return digest.hexdigest()
+
+
+def _size(file: Path) -> int:
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise FileNotFoundError(file)
+    return found.st_size

@@ -69,6 +69,9 @@ class GenerationCallback(lightning.Callback):
         self.not_asked = require_room(self.processor, self.source, self.config)
         if self.not_asked:
             rank_zero_warn(f"{len(self.not_asked)} samples will not be asked in evaluation. {self.not_asked[0]}")
+        for benchmark in self.benchmarks:
+            for index in range(min(self.config.samples, len(benchmark))):
+                benchmark.record(index)  # one that cannot be read would end the run at its first validation
 
     def on_train_batch_end(
         self,

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Kept:
             ) from error
         file, aside = self.folder / IDENTITY, None
         if file.is_file():
-            differ = _differences(json.loads(file.read_text(encoding="utf-8")), identity)
+            differ = _differences(_values(file), identity)
             if others is Others.all_renamed or (differ and others is Others.renamed):
                 aside = self._set_aside()
             elif differ:
@@ -71,19 +72,22 @@ class Kept:
                     f"{self.folder} holds answers that something else made: {said}. "
                     "Say fresh=true to answer anew (what is there is kept, renamed), or to=FOLDER."
                 )
+        elif self._held():  # nobody knows what made them
+            aside = self._set_aside()
         if not file.is_file():
             write_text(file, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
         return aside
 
     def lines(self) -> dict[int, Line]:
-        """Answers of all processes so far, by place; of a line that was being written when its process was killed,
-        nothing.
-        """
-        files = [self.folder / RECORDS] if self.finished else sorted(self.folder.glob(_PARTS))
+        """Answers of all processes so far, by place."""
+        if self.finished:
+            return {line.index: line for line in read_lines(self.folder / RECORDS)}
         found: dict[int, Line] = {}
-        for file in files:
-            *written, _ = file.read_text(encoding="utf-8", errors="replace").split("\n")
-            found |= {line.index: line for line in (Line.from_dict(json.loads(text)) for text in written)}
+        for file in sorted(self.folder.glob(_PARTS)):
+            for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+                with suppress(ValueError, KeyError, TypeError):  # a line that a kill or a power cut left: asked again
+                    line = Line.from_dict(json.loads(text))
+                    found[line.index] = line
         return found
 
     def keep(self, lines: Sequence[Line]) -> None:
@@ -103,12 +107,17 @@ class Kept:
         for part in self.folder.glob(_PARTS):
             part.unlink()
 
+    def _held(self) -> list[str]:
+        """The names of what is kept here, identity aside."""
+        there = [RESULTS, RECORDS, *sorted(part.name for part in self.folder.glob(_PARTS))]
+        return [name for name in there if (self.folder / name).exists()]
+
     def _set_aside(self) -> Path:
         number = 1
         while (aside := self.folder / f"before_{number}").exists():
             number += 1
         aside.mkdir()
-        for name in [IDENTITY, RECORDS, RESULTS, *(part.name for part in self.folder.glob(_PARTS))]:
+        for name in [*self._held(), IDENTITY]:  # last: without it nothing is gone on with
             if (self.folder / name).exists():
                 (self.folder / name).rename(aside / name)
         return aside
@@ -123,7 +132,33 @@ def read_results(folder: Path) -> dict[str, Any]:
     file = folder / RESULTS
     if not file.is_file():
         raise ValueError(f"{folder}: no evaluation that came to its end ({RESULTS} is missing). Run evaluate.py again.")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return _values(file)
+
+
+def read_lines(file: Path) -> list[Line]:
+    """The answers in a ``records.jsonl``.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    found: list[Line] = []
+    for number, text in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if text:
+            try:
+                found.append(Line.from_dict(json.loads(text)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}, line {number}: damaged. Evaluate again with fresh=true.") from error
+    return found
+
+
+def _values(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error}). Move its folder away, and evaluate again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: damaged. Move its folder away, and evaluate again.")
+    return values
 
 
 def _differences(kept: Any, wanted: Mapping[str, Any]) -> list[str]:

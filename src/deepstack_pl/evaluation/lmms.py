@@ -23,8 +23,17 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch, PadSide, Record, Role, Turn
-from deepstack_pl.evaluation.lmms_settings import OF_OTHERS, alike, batches, before, settings_of, stops_of, whole_number
-from deepstack_pl.evaluation.runner import evaluating, generate
+from deepstack_pl.evaluation.lmms_settings import (
+    OF_OTHERS,
+    alike,
+    batches,
+    before,
+    number,
+    settings_of,
+    stops_of,
+    whole_number,
+)
+from deepstack_pl.evaluation.runner import evaluating, generate, no_room
 from deepstack_pl.language.conversation import IMAGE
 from deepstack_pl.multimodal.chat import read_messages
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
@@ -66,6 +75,8 @@ class _DeepStack(lmms):
             raise ValueError(f"--model_args {name}={unknown[name]}: no such argument of deepstack_pl.{hint}")
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"--model_args dtype={dtype}: use {', '.join(_DTYPES)}, or leave it out: as it is saved.")
+        if injections not in (True, False):
+            raise ValueError(f"--model_args injections={injections}: use True or False.")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"--batch_size {batch_size}: so many questions at once, 1 or more.")
         if not (Path(pretrained) / "config.json").is_file():
@@ -109,6 +120,8 @@ class _DeepStack(lmms):
                 chosen = settings[places[0]]
                 self._tell(chosen)
                 records = [self.asked(requests[place]) for place in places]
+                for record in records:
+                    self._room(record)
                 answers = generate(
                     self.model,
                     self.processor,
@@ -127,8 +140,10 @@ class _DeepStack(lmms):
 
     def _options(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings as `generate` of transformers has them; greedy where a temperature of 0 is asked for."""
-        temperature = settings.get("temperature") or 0
+        temperature = number(settings.get("temperature") or 0, "temperature")
         sampled = bool(settings.get("do_sample", temperature > 0)) and temperature > 0
+        if settings.get("do_sample") and not sampled:
+            self._say("do_sample", "do_sample without a temperature above 0 is greedy.")
         options: dict[str, Any] = {"do_sample": sampled}
         read = ("temperature", "top_p", "top_k") if sampled else ()
         options |= {name: settings[name] for name in read if settings.get(name) is not None}
@@ -140,10 +155,19 @@ class _DeepStack(lmms):
 
     def _tell(self, settings: dict[str, Any]) -> None:
         """Once for each setting of a task that means nothing here."""
-        for name in sorted(OF_OTHERS & {*settings} - self._told):
-            self._told.add(name)
-            if self._rank == 0:
-                print(f"deepstack_pl: {name}={settings[name]} is not read: the plan says how pictures are seen.")
+        for name in sorted(OF_OTHERS & {*settings}):
+            self._say(name, f"{name}={settings[name]} is not read: the plan says how pictures are seen.")
+
+    def _say(self, about: str, sentence: str) -> None:
+        if about not in self._told and self._rank == 0:
+            print(f"deepstack_pl: {sentence}")
+        self._told.add(about)
+
+    def _room(self, record: Record) -> None:
+        """Raises: ValueError: the question does not fit the model's context."""
+        too_long = no_room(self.processor, record)
+        if too_long is not None:
+            raise ValueError(f"{too_long} lmms-eval has no way to leave a sample out: leave its task out, or --limit.")
 
     def _record(self, key: str, turns: Sequence[Turn], pictures: Iterable[Any]) -> Record:
         return Record(key=key, turns=tuple(turns), images=tuple(_picture(each, key) for each in pictures))

@@ -32,6 +32,13 @@ def whole_number(value: Any, name: str) -> int:
     return int(value)
 
 
+def number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"generation_kwargs {name}={value!r}: use a number.") from error
+
+
 def stops_of(settings: dict[str, Any]) -> list[str]:
     given = settings.get("until") or []
     return [stop for stop in ([given] if isinstance(given, str) else given) if stop]

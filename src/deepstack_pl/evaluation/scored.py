@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from deepstack_pl.evaluation.answer_metric import ALL
-from deepstack_pl.evaluation.kept import RECORDS, read_results
+from deepstack_pl.evaluation.benchmark import Line
+from deepstack_pl.evaluation.kept import RECORDS, read_lines, read_results
 from deepstack_pl.evaluation.paired import Difference, difference, holm
 
 PREDICTIONS = "predictions.jsonl"
+_FEW = 10  # pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def read_answered(folder: Path) -> Answered:
     """
     results = read_results(folder)
     if (folder / RECORDS).is_file():
-        lines = [_of_benchmark(values) for values in _read(folder / RECORDS)]
+        lines = [_of_benchmark(line) for line in read_lines(folder / RECORDS)]
         headline = next(((name, value) for name, value in results["metrics"][ALL].items()), None)
         return Answered(folder, results["name"], results["fingerprint"], _by_key(lines), results, headline)
     if not (folder / PREDICTIONS).is_file():
@@ -132,15 +134,16 @@ def pair(ours: Answered, theirs: Answered, *, confidence: float = 0.95) -> Pair:
 
 
 def _between(both: Sequence[tuple[Scored, Scored]], confidence: float) -> Difference:
-    ours, theirs = ({0: _by_picture([each[side] for each in both])} for side in (0, 1))
-    return difference(ours, theirs, confidence=confidence)
+    """Of both by the first one's pictures: the same, under whatever name."""
+    sides = ({0: _by_picture([(each[0].picture, each[side]) for each in both])} for side in (0, 1))
+    return difference(*sides, confidence=confidence)
 
 
-def _by_picture(lines: Sequence[Scored]) -> dict[str, tuple[float, int]]:
+def _by_picture(lines: Sequence[tuple[str, Scored]]) -> dict[str, tuple[float, int]]:
     found: dict[str, tuple[float, int]] = {}
-    for line in lines:
-        right, of = found.get(line.picture, (0.0, 0))
-        found[line.picture] = (right + line.right, of + line.of)
+    for picture, line in lines:
+        right, of = found.get(picture, (0.0, 0))
+        found[picture] = (right + line.right, of + line.of)
     return found
 
 
@@ -162,24 +165,42 @@ def _notes(ours: Answered, theirs: Answered, both: Sequence[tuple[Scored, Scored
     prompts = sum(a.prompt != b.prompt for a, b in both)
     if prompts:
         notes.append(f"{prompts:,} of {len(both):,} questions were put in other words")
-    for name in ("injections", "dtype", "device_type", "versions"):
-        a, b = ours.facts.get(name), theirs.facts.get(name)
-        if a != b and a is not None and b is not None:
-            notes.append(f"{name} differ: {a} and {b}")
+    for name in ("injections", "dtype", "attention", "hardware"):
+        notes += _differ(name, ours.facts.get(name), theirs.facts.get(name))
+    for group in ("task", "versions"):
+        a, b = ours.facts.get(group, {}), theirs.facts.get(group, {})
+        for name in a:
+            notes += _differ(f"{group}.{name}", a[name], b.get(name)) if name in b else []
+    for one in (ours, theirs):
+        if one.facts.get("not_asked"):
+            notes.append(
+                f"{len(one.facts['not_asked']):,} questions were not asked of {one.folder}, and count as wrong"
+            )
+    pictures = len({line.picture for line, _ in both})
+    if pictures < _FEW:
+        notes.append(f"{pictures} pictures are too few to say much")
     return notes
 
 
+def _differ(name: str, a: Any, b: Any) -> list[str]:
+    return [f"{name} differs: {a} and {b}"] if a != b and a is not None and b is not None else []
+
+
 def _read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in file.read_text(encoding="utf-8").split("\n") if text]
+    try:
+        return [json.loads(text) for text in file.read_text(encoding="utf-8").split("\n") if text]
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error}). Evaluate again with fresh=true.") from error
 
 
 def _by_key(lines: Sequence[Scored]) -> dict[str, Scored]:
     return {line.key: line for line in lines}
 
 
-def _of_benchmark(its: dict[str, Any]) -> Scored:
-    same = {name: its[name] for name in ("index", "key", "kind", "prompt", "prediction")}
-    return Scored(**same, answers=tuple(its["answers"]), picture=its["image"], right=its["score"], of=1)
+def _of_benchmark(its: Line) -> Scored:
+    return Scored(
+        its.index, its.key, its.kind, its.prompt, its.prediction, its.answers, its.image, right=its.score, of=1
+    )
 
 
 def _of_facts(its: dict[str, Any]) -> Scored:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from deepstack_pl.evaluation.answer_metric import ALL
 from deepstack_pl.evaluation.config import TaskConfig
 from deepstack_pl.evaluation.task import Question
+from deepstack_pl.language.template import IMAGE
 
 _AGAIN = "download the published file again, or leave the record out"
 
@@ -128,6 +130,10 @@ def gather(config: TaskConfig, questions: Iterable[tuple[Entry, Question]]) -> l
     """All of them, in order; refused where two share a key, or there are none."""
     found: dict[str, Question] = {}
     for entry, question in questions:
+        if question.kind == ALL or not question.kind.isprintable():
+            raise entry.bad(f"its kind is {question.kind!r}; {ALL!r} is that of all questions, and kinds are printed")
+        if IMAGE in question.prompt:
+            raise entry.bad(f"{IMAGE} stands in its question, where the model would look for a second picture")
         if question.key in found:
             raise entry.bad(f"a second question is called {question.key!r}, but answers are kept by that name")
         found[question.key] = question
