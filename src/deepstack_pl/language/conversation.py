@@ -123,7 +123,7 @@ def load_tokenizer(path: str | None, **options: Any) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(_SHIPPED) if path is None else path, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(_not_loaded(path)) from error
+        raise ValueError(_not_loaded(path, error)) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
             f"The tokenizer at {path!r} is a {type(tokenizer).__name__}, but only fast tokenizers are supported. "
@@ -160,17 +160,21 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
         )
 
 
-def _not_loaded(path: str | None) -> str:
+def _not_loaded(path: str | None, error: Exception) -> str:
     if path is not None and Path(path).is_dir():
         return (
             f"The folder {path!r} holds no tokenizer that can be read. It needs a tokenizer.json, or a tokenizer.model "
-            "and the sentencepiece package (pip install sentencepiece)."
+            f"and a sentencepiece package that fits protobuf's (pip install -e . -c constraints.txt). {_first_line(error)}"
         )
     return (
         f"No tokenizer at {path!r}: there is no such folder, and the Hugging Face hub, where published ones come from, "
         f"gives none of that name (or there is no network). Fetch it with `hf download {path}` where there is one, or "
         "give a folder that holds it. llm.init=random needs none: it uses the tokenizer that ships with the package."
     )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _token_id(token: str, tokenizer: PreTrainedTokenizerBase, remedy: str) -> int:
