@@ -164,7 +164,8 @@ def _not_loaded(path: str | None, error: Exception) -> str:
     if path is not None and Path(path).is_dir():
         return (
             f"The folder {path!r} holds no tokenizer that can be read. It needs a tokenizer.json, or a tokenizer.model "
-            f"and a sentencepiece package that fits protobuf's (pip install -e . -c constraints.txt). {_first_line(error)}"
+            "and a sentencepiece that fits protobuf (pip install -e . -c constraints.txt). "
+            f"{_first_line(error)}"
         )
     return (
         f"No tokenizer at {path!r}: there is no such folder, and the Hugging Face hub, where published ones come from, "
