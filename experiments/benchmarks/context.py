@@ -57,7 +57,7 @@ def draw(rows: list[tuple[str, int, float, float]], file: Path) -> None:
 
 
 def main() -> None:
-    args = arguments(__doc__, repetitions=5)
+    args = arguments(__doc__, repetitions=3)
     torch.set_num_threads(1)
     candidates = {name: made(name, quick=args.quick) for name in PLANS}
     times = in_turns(

@@ -23,7 +23,7 @@ TARGET = 1.02
 
 
 def main() -> None:
-    args = arguments(__doc__, repetitions=20)
+    args = arguments(__doc__, repetitions=14)
     torch.set_num_threads(1)
     llm = llm_of(layers=6, width=64, heads=2) if args.quick else llm_of()
     model = model_of(STACKED, llm, vision_of(patches=4)).language_model
