@@ -144,6 +144,7 @@ def test_what_it_cannot_see_is_refused_with_the_sample(chat: DeepStackChat, part
         ({"dtype": "int8"}, "dtype=int8: use float32, bfloat16, float16"),
         ({"batch_size": "auto"}, "--batch_size auto"),
         ({"pretrained": "nowhere"}, "pretrained=nowhere: no model lies there"),
+        ({"max_batch_size": 8}, "--max_batch_size 8"),
         ({"injections": "no"}, "injections=no: use True or False"),
     ],
 )
@@ -236,6 +237,7 @@ def lmms_eval(folder: Path, place: Path, name: str, tasks: str, *words: str, lau
     args += ["--output_path", str(place / name), "--log_samples", *words]
     command = [sys.executable, *launch, "lmms_eval", *args]
     done = subprocess.run(command, capture_output=True, text=True, cwd=place, timeout=280)
+    print(done.stderr, file=sys.stderr)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = (place / name).rglob("*_results.json")
     samples = {}
@@ -265,9 +267,21 @@ def test_the_program_scores_a_task_of_ones_own_as_is_right_by_hand(
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_of_accelerate_share_a_task_out(chat: DeepStackChat, folder: Path, tmp_path: Path) -> None:
+def test_two_processes_share_a_task_out(
+    chat: DeepStackChat,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     said = answers(chat, range(PAGES))
     write_tasks(tmp_path, said)
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m")
-    found, _ = lmms_eval(folder, tmp_path, "two", "pages_say", "--batch_size", "2", launch=launch)
+    # `accelerate launch --cpu` starts one process, whatever it is told.
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    found, samples = lmms_eval(folder, tmp_path, "two", "pages_say", "--batch_size", "2", launch=launch)
+    assert "deepstack_pl: 100%" in (told := capfd.readouterr().err)
+    assert f"{PAGES // 2}/{PAGES // 2}" in told  # the first one's share is half
+    assert f"{PAGES}/{PAGES} [" not in told.split("deepstack_pl:", 1)[1].split("Postprocessing")[0]
     assert found["pages_say"]["exact_match,none"] == pytest.approx(3 / PAGES)
+    assert [sample["filtered_resps"] for sample in samples["pages_say"]] == said

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepstack_pl.cli.folders import CONFIG, LATEST, newest, relative
 from deepstack_pl.cli.report import share
+from deepstack_pl.evaluation.config import FOLDER, HELD_OUT
 from deepstack_pl.files import write_text
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from deepstack_pl.evaluation.scored import Answered, Pair, Row, Scored
 
 HELP = "two evaluated runs, sample by sample: differences, and what flipped"
-FOLDER, HELD_OUT = "evaluation", "held_out"  # see cli.evaluation, which loads torch
 _SIDE = 900  # pixels of a picture's longer side in the page
 
 
@@ -145,9 +145,8 @@ def _shown(pair: "Pair", show: int) -> dict[str, Any]:
         "A is better": [_flip(each, pictures) for each in pair.better[:show]],
         "B is better": [_flip(each, pictures) for each in pair.worse[:show]],
     }
-    same = (
-        pair.ours.lines.keys() == pair.theirs.lines.keys()
-    )  # else its numbers are of other questions than the table's
+    # Of unlike questions the benchmark's own numbers would not be the table's.
+    same = pair.ours.lines.keys() == pair.theirs.lines.keys()
     headlines = [each.headline for each in (pair.ours, pair.theirs) if each.headline is not None and same]
     numbers = " and ".join(f"{value:.3f}" for _, value in headlines)
     return {

@@ -48,7 +48,7 @@ def _main(conf: Path, argv: Sequence[str]) -> int:
         check(parse(line.overrides), schema)
         call_hydra(conf, "evaluate", [*line.flags, *line.overrides], job)
     except KeyboardInterrupt:
-        print("Stopped by Ctrl-C. What is answered is kept: the same command goes on.", file=sys.stderr)
+        print("Stopped by Ctrl-C. Answers to benchmarks are kept: the same command goes on.", file=sys.stderr)
         return CTRL_C
     except Exception as error:
         return _say(error, schema)

@@ -24,8 +24,8 @@ from deepstack_pl.config.evaluate import EvaluateConfig
 from deepstack_pl.config.load import load
 from deepstack_pl.data.sources import open_sources
 from deepstack_pl.evaluation.asking import ask_and_keep
-from deepstack_pl.evaluation.benchmark import HELD_OUT, WITHOUT, Benchmark
-from deepstack_pl.evaluation.config import TasksConfig
+from deepstack_pl.evaluation.benchmark import Benchmark
+from deepstack_pl.evaluation.config import FOLDER, HELD_OUT, WITHOUT, TasksConfig
 from deepstack_pl.evaluation.intervals import interval_name
 from deepstack_pl.evaluation.kept import Others
 from deepstack_pl.evaluation.runner import evaluate
@@ -34,16 +34,9 @@ from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.processor import DeepStackProcessor
 from deepstack_pl.processes import from_first, rank, several
 
-FOLDER = "evaluation"  # in a run's folder
 _TIMEOUT = 3600.0  # seconds that one process waits for another: shares of a benchmark take unequally long
-_MAKERS = (
-    "torch",
-    "transformers",
-    "open_clip",
-    "pillow",
-    "simplejpeg",
-    "deepstack_pl",
-)  # whose version may change an answer
+# Whose version may change an answer.
+_MAKERS = ("torch", "transformers", "open_clip", "pillow", "simplejpeg", "deepstack_pl")
 
 
 def execute(config: EvaluateConfig, command: str) -> None:
@@ -201,14 +194,8 @@ def _load(
 def made_by_model(folder: Path, model: DeepStackForConditionalGeneration) -> dict[str, Any]:
     """What answers depend on beside the questions: every byte of the model, and what computes."""
     digest = hashlib.sha256()
-    for file in sorted(
-        [
-            *folder.glob("*.safetensors"),
-            folder / "config.json",
-            *folder.glob("generation_config.json"),
-            *folder.glob("tokenizer*"),
-        ]
-    ):
+    names = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*")
+    for file in sorted(file for name in names for file in folder.glob(name)):
         with file.open("rb") as opened:
             digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
     known = versions()

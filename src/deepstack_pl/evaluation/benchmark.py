@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from deepstack_pl.batch import Record, Role, Turn
-from deepstack_pl.evaluation.config import TaskConfig
+from deepstack_pl.evaluation.config import HELD_OUT, WITHOUT, TaskConfig
 from deepstack_pl.evaluation.runner import SampleResult
 from deepstack_pl.evaluation.task import Question, Task
 from deepstack_pl.evaluation.tasks.all import find
 from deepstack_pl.vision.images import decode_image
 
-HELD_OUT = "held_out"  # a run's own samples, among the folders of benchmarks
-WITHOUT = "-no_injections"  # ends the name of what was answered with nothing stacked
 _NAMED = 3  # of what is missing
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,79}", re.ASCII)
 

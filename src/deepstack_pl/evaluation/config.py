@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass, field
 
+FOLDER = "evaluation"  # in a run's folder: a folder for each benchmark
+HELD_OUT = "held_out"  # a run's own samples, among the folders of benchmarks
+WITHOUT = "-no_injections"  # ends the name of what was answered with nothing stacked
+
 
 @dataclass(kw_only=True, slots=True)
 class TaskConfig:

@@ -75,6 +75,10 @@ class _DeepStack(lmms):
             raise ValueError(f"--model_args {name}={unknown[name]}: no such argument of deepstack_pl.{hint}")
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"--model_args dtype={dtype}: use {', '.join(_DTYPES)}, or leave it out: as it is saved.")
+        if max_batch_size is not None:
+            raise ValueError(
+                f"--max_batch_size {max_batch_size}: batches are as large as --batch_size says. Leave it out."
+            )
         if injections not in (True, False):
             raise ValueError(f"--model_args injections={injections}: use True or False.")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
