@@ -1,6 +1,6 @@
 # Everything a newcomer types. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow test-oldest golden check bench bench-gpu clean
+.PHONY: help install train test test-slow reliability test-oldest golden check bench bench-gpu clean
 
 # The first interpreter that really runs (a version manager's shim may exist and fail), is 3.11 or 3.12, and can make a
 # virtual environment. Name another with `make PYTHON=...`.
@@ -15,7 +15,7 @@ TYPED := deepstack_pl.batch,deepstack_pl.stacking,deepstack_pl.vision,deepstack_
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --jaxtyping-packages=$(TYPED),beartype.beartype
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv and install the package, at the versions of constraints.txt
 
@@ -38,6 +38,9 @@ test: install  ## the test suite, offline
 
 test-slow: install  ## the tests that train
 	$(PYTEST) -m slow -n 2 --dist loadfile --durations=10
+
+reliability: install  ## what docs/reliability.md promises, in at most ten minutes
+	$(PYTEST) -m reliability -n 2 --dist loadfile --durations=10
 
 # The oldest transformers that pyproject.toml allows, with the huggingface_hub it was released with, beside the rest of .venv.
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
