@@ -4,7 +4,7 @@
 
 Each of three lives of the run is ended by SIGTERM (the last one too) and the next goes on with its checkpoint. Every
 five seconds the memory (proportional, without pages of files), the open files and the threads of the run and its
-workers are read. The first quarter of a life is warm-up; compared are the medians of the second and of the last quarter.
+workers are read. The first quarter of a life is warm-up; the medians of the second and of the last are compared.
 """
 
 import json

@@ -1,5 +1,6 @@
 """One run in this process: how it ends, how it goes on, what its results say."""
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -23,6 +24,7 @@ from deepstack_pl.cli.surroundings import share_cores
 from deepstack_pl.data.columns import Columns
 from deepstack_pl.data.sources import open_sources
 from deepstack_pl.training.module import DeepStackModule
+from deepstack_pl.training.store import SaveFailed
 
 TWICE = ("+callbacks.twice={_target_: tiny_run.CtrlCTwice}", "callbacks.checkpoint.every_steps=1")
 
@@ -190,6 +192,19 @@ def test_a_run_that_fails_says_what_it_trained_on(monkeypatch: pytest.MonkeyPatc
     assert (results["status"], results["steps"]) == ("failed", 2)
     assert results["data"]["trained"]["samples"] == 2 * 4
     assert results["data"]["order_digest"]
+
+
+def test_a_disk_that_is_full_does_not_hide_what_ended_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def stop(self: object, batch: object, batch_idx: int) -> None:
+        monkeypatch.setattr(cli_run, "write_results", no_room)
+        raise SaveFailed("as arranged")
+
+    monkeypatch.setattr(DeepStackModule, "training_step", stop)
+    with pytest.raises(SaveFailed, match="as arranged"):
+        start(folder=Path("broken"))
 
 
 def test_a_trial_step_is_the_worst_case_and_not_the_longest_text(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """conf/ composes, and what a user misspells is named."""
 
+import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -266,6 +267,8 @@ def test_what_the_system_says_of_a_file_is_one_sentence_also_from_a_data_worker(
     with pytest.raises(OSError, match="No such file") as caught:
         Path("nowhere/at.all").read_bytes()
     assert sentence(caught.value, schema) == "nowhere/at.all: No such file or directory."
+    full = OSError(errno.ENOSPC, "No space left on device")  # of a file that is open: it has no name
+    assert sentence(full, schema) == "No space left on device. Make room, and give the same command again."
     error = OSError(
         "Caught NotThere in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
         '  File "/x/deepstack_pl/data/download.py", line 3, in _retry\n    raise NotThere(\n'

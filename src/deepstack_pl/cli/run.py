@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -149,7 +150,8 @@ class _Run:
             tally = self.work.datamodule.tally_here()
             if tally.seen:
                 self.results["data"] |= provenance.counts(tally)
-            self._write()
+            with suppress(OSError):  # on a full disk too, what ended the run is what must be said
+                self._write()
             self._say_how_to_go_on("Stopped" if stopped else f"Stopped by {type(error).__name__}")
             raise
         if self.work.stop.preempted:

@@ -1,5 +1,6 @@
 """Errors that a user can mend, as one sentence; everything else keeps its traceback."""
 
+import errno
 import linecache
 import re
 import traceback
@@ -18,6 +19,7 @@ _IN_FILE = re.compile(
     r"In '(?P<file>[^']+)': \w+ raised while composing config:\n(?P<says>[^\n]*)(?:\n\s+full_key: (?P<key>\S+))?"
 )
 _NOT_DELETED = re.compile(r"Could not delete '(?P<group>[^'=]+)[^']*'\. No match in the defaults list")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # said of a file that is open, which has no name then
 _WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*\n([\w.]+): (.*)", re.DOTALL)
 
 
@@ -113,15 +115,17 @@ def _instantiation(error: InstantiationException) -> str:
 
 def _ours(error: ValueError | RuntimeError | OSError) -> str | None:
     """Our own refusals: a ``raise`` in a file of this package, in this process or in a data worker; and what the system
-    says of a file that it names.
+    says of a file that it names, or of a disk that is full.
     """
     worker = _WORKER.match(str(error))
     if worker:
         last = str(error).rsplit('File "', 1)[-1]
         ours = "deepstack_pl" in last.splitlines()[0] and last.splitlines()[1].strip().startswith("raise ")
         return worker[2].strip() if ours else None
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _NO_ROOM):
+        place = "" if error.filename is None else f"{error.filename}: "
+        room = " Make room, and give the same command again." if error.errno in _NO_ROOM else ""
+        return f"{place}{error.strerror}.{room}"
     return str(error) if _raised_in_package(error.__traceback__) else None
 
 

@@ -99,6 +99,5 @@ def check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if needed * 1.02 > free:
         raise ValueError(
-            f"{out}: {needed / 1e9:.1f} GB are to be written, but {free / 1e9:.1f} GB are free. Make room, or choose "
-            "another out=."
+            f"{out}: {needed:,} bytes are to be written, but {free:,} are free. Make room, or choose another out=."
         )

@@ -1,6 +1,7 @@
 """TensorBoard's HParams tab: what a run was, beside what it came to, so that the runs of a sweep compare there."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -20,8 +21,14 @@ def log_hparams(loggers: Iterable[Logger], values: Mapping[str, Any], metrics: I
         for name, value in values.items()
         if value is not None and (name.startswith(_SHOWN) or name in _NAMES)
     }
+    summaries = hparams(shown, dict.fromkeys(metrics, 0.0))
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            writer = logger.experiment.file_writer
-            for summary in hparams(shown, dict.fromkeys(metrics, 0.0)):
-                writer.add_summary(summary)
+            # The file below the writer is out of a guarded logger's sight, so it is asked to look.
+            attempt = getattr(logger, "attempt", lambda action: action())
+            attempt(partial(_add, logger, summaries))
+
+
+def _add(logger: TensorBoardLogger, summaries: Iterable[Any]) -> None:
+    for summary in summaries:
+        logger.experiment.file_writer.add_summary(summary)

@@ -40,28 +40,29 @@ class _Unfailing(Logger if TYPE_CHECKING else object):
     @property
     def experiment(self) -> Any:
         """What the logger writes with; what is written so is caught as well."""
-        found = self._try(lambda: super(_Unfailing, self).experiment)  # type: ignore[misc]
-        return DummyLogger().experiment if found is None else _Writer(found, self._try)
+        found = self.attempt(lambda: super(_Unfailing, self).experiment)  # type: ignore[misc]
+        return DummyLogger().experiment if found is None else _Writer(found, self.attempt)
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        self._try(super().log_metrics, *args, **kwargs)
+        self.attempt(super().log_metrics, *args, **kwargs)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        self._try(super().log_hyperparams, *args, **kwargs)
+        self.attempt(super().log_hyperparams, *args, **kwargs)
 
     def log_graph(self, *args: Any, **kwargs: Any) -> None:
-        self._try(super().log_graph, *args, **kwargs)
+        self.attempt(super().log_graph, *args, **kwargs)
 
     def save(self) -> None:
-        self._try(super().save)
+        self.attempt(super().save)
 
     def after_save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._try(super().after_save_checkpoint, *args, **kwargs)
+        self.attempt(super().after_save_checkpoint, *args, **kwargs)
 
     def finalize(self, status: str) -> None:
-        self._try(super().finalize, status)
+        self.attempt(super().finalize, status)
 
-    def _try(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def attempt(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What ``action`` gives; None if it raises, which is said once, or if something did before."""
         if self.failed or rank():
             return None
         try:
