@@ -351,6 +351,8 @@ def test_an_inner_width_survives_the_ratio_it_is_written_as() -> None:
         ({"model_type": "siglip_vision_model"}, "is a 'siglip_vision_model': published towers are CLIP's"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
         ({"num_channels": 1}, "num_channels=1"),
+        ({"patch_size": None}, "its config.json says {'patch_size': None}: sizes and depths are whole numbers"),
+        ({"num_hidden_layers": 0}, "says {'num_hidden_layers': 0}"),
         ({"hidden_size": "12"}, "transformers refuses its config.json"),
     ],
 )
@@ -371,6 +373,11 @@ def test_pixels_are_the_towers_own() -> None:
         {"rescale_factor": 1.0},
         {"size": {"shortest_edge": 28}},
         {"crop_size": {"height": 14, "width": 14}},
+        {"crop_size": []},
+        {"rescale_factor": None},
+        {"image_mean": None},
+        {"image_mean": [0.5, 0.5]},
+        {"image_std": [0.5, 0.0, 0.5]},
     ):
         with pytest.raises(ValueError, match=f"preprocessor_config.json says {{'{next(iter(wrong))}'"):
             read(pixels={**PIXELS, **own, **wrong})

@@ -210,6 +210,15 @@ def test_a_stored_plan_that_was_edited_is_refused() -> None:
         Plan.from_dict(values)
 
 
+@pytest.mark.parametrize("layer", [1.5, "1", True, None])
+def test_a_layer_that_no_layer_is_called_by_is_refused(layer: object) -> None:
+    """Between layers 1 and 2 nothing is ever added, and nothing would say so."""
+    values = build(L).to_dict()
+    values["injections"][0]["layer"] = layer
+    with pytest.raises(ValueError, match=rf"injections\[0\]\.layer is {layer!r}, which is no whole number"):
+        Plan.from_dict(values)
+
+
 def test_a_square_grid_counts_the_tiles_it_has() -> None:
     plan = build(replace(L, tiles=5, groups=4, grid=GridRule.square))
     assert plan.idle_groups == ()

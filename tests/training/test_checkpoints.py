@@ -95,6 +95,14 @@ def test_a_manifest_cannot_name_what_lies_elsewhere_nor_leave_out_what_is_needed
     assert ["not of version 1" in passed[0], "lists no process-2.pt" in passed[1], "../else" in passed[2]] == [True] * 3
 
 
+@pytest.mark.parametrize("change", [{"world": None}, {"world": 10**12}, {"files": []}, {"files": {"run.pt": None}}])
+def test_a_sealed_manifest_without_what_is_needed_is_passed_over(change: dict, tmp_path: Path) -> None:
+    make(tmp_path, 1, **change)
+    found, (sentence,) = newest(tmp_path)
+    assert found is None
+    assert "does not say which files there are, and of how many processes" in sentence
+
+
 def test_a_flipped_byte_of_tensors_is_found_by_a_deep_look_alone(tmp_path: Path) -> None:
     place = make(tmp_path, 5)
     (place / "__2_0.distcp").write_bytes(bytes([2]) * 49 + b"\0")

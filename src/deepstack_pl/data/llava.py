@@ -133,7 +133,7 @@ def _turn(said: Any, place: int, key: str) -> Turn:
     if not isinstance(said, dict) or not isinstance(said.get("value"), str):
         raise _bad(f'{key}: turn {place} has no text. Write turns as {{"from": "human", "value": "..."}}.')
     speaker = said.get("from")
-    if speaker not in ROLES:
+    if not isinstance(speaker, str) or speaker not in ROLES:
         raise _bad(f"{key}: turn {place} is from {speaker!r}. Turns are from human or gpt.")
     text = said["value"]
     if not text.isascii():

@@ -1,9 +1,13 @@
 """config.json: every value the model and its processor need, so that loading needs no conf/ and no remote code."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
 from typing import Any
 
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
@@ -51,7 +55,7 @@ class DeepStackConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
-            text_config = CONFIG_MAPPING[text_config["model_type"]](**text_config)
+            text_config = _text_config(text_config)
         self.text_config = text_config if text_config is not None else CONFIG_MAPPING["llama"]()
         self.vision = vision or {}
         self.projector = projector
@@ -69,15 +73,44 @@ class DeepStackConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def typed_plan(self) -> Plan:
-        return Plan.from_dict(self.plan)
+        with _of("plan"):
+            return Plan.from_dict(self.plan)
 
     def typed_lora(self) -> dict[str, LoRAConfig]:
-        return {part: LoRAConfig(**values) for part, values in self.lora.items()}
+        with _of("lora"):
+            return {part: LoRAConfig(**values) for part, values in self.lora.items()}
 
     def typed_vision(self) -> VisionConfig:
-        library = self.vision.get("library", VisionLibrary.open_clip.value)  # the only one that older folders had
-        enums = {"init": VisionInit(self.vision["init"]), "library": VisionLibrary(library)}
-        return VisionConfig(**{**self.vision, **enums})
+        with _of("vision"):
+            library = self.vision.get("library", VisionLibrary.open_clip.value)  # the only one that older folders had
+            enums = {"init": VisionInit(self.vision["init"]), "library": VisionLibrary(library)}
+            return VisionConfig(**{**self.vision, **enums})
+
+
+def _text_config(values: dict[str, Any]) -> PreTrainedConfig:
+    kind = values.get("model_type")
+    if kind not in list(CONFIG_MAPPING):
+        raise ValueError(
+            f"config.json: text_config.model_type={kind!r}: transformers {transformers.__version__} has no such "
+            "language model. Install a newer transformers, or correct config.json."
+        )
+    try:
+        return CONFIG_MAPPING[kind](**values)
+    except (StrictDataclassError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config.json: transformers refuses its text_config: {reason}") from error
+
+
+@contextmanager
+def _of(key: str) -> Iterator[None]:
+    """Turns what a value of another kind than ours leads to into a sentence."""
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"config.json: its {key} is none that this version of deepstack_pl writes ({type(error).__name__}: "
+            f"{error}). Export the model again, or restore the file."
+        ) from error
 
 
 def vision_values(config: VisionConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Places that a plan names: layers, taps and groups that must exist in its hosts. Loads without torch."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deepstack_pl.stacking.config import Host, Injection, Source
 from deepstack_pl.stacking.rules import most_groups
@@ -9,10 +9,28 @@ from deepstack_pl.stacking.rules import most_groups
 if TYPE_CHECKING:
     from deepstack_pl.stacking.plan import Plan
 
+_WHOLE = ("tiles", "llm_layers", "vit_layers", "detail", "pooling")
+
 
 def last_layer(host: Host, llm_layers: int, vit_layers: int) -> int:
     """The last place before which ``host`` receives: in the tower the selected feature itself."""
     return llm_layers - 1 if host is Host.llm else vit_layers
+
+
+def check_whole(plan: "Plan") -> None:
+    """Refuse numbers that count nothing: a layer 1.5 would lie between all layers, and its injection never happen.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    values: dict[str, Any] = {name: getattr(plan, name) for name in _WHOLE}
+    values |= {f"taps[{place}]": tap for place, tap in enumerate(plan.taps)}
+    for kind in ("injections", "dropped"):
+        for place, injection in enumerate(getattr(plan, kind)):
+            values |= {f"{kind}[{place}].{key}": getattr(injection, key) for key in ("layer", "group")}
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"plan {plan.name}: {name} is {value!r}, which is no whole number. Say one.")
 
 
 def check_place(plan: "Plan", injection: Injection) -> None:

@@ -31,7 +31,7 @@ from deepstack_pl.stacking.config import (
     Source,
     Unfilled,
 )
-from deepstack_pl.stacking.places import check_place, check_tap_numbers, check_taps, last_layer
+from deepstack_pl.stacking.places import check_place, check_tap_numbers, check_taps, check_whole, last_layer
 from deepstack_pl.stacking.rules import (
     STRINGS,
     WITH_TILES,
@@ -80,6 +80,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Hold also for a plan that comes from a config.json."""
+        check_whole(self)
         check_views(self)
         for injection in self.injections:
             check_place(self, injection)

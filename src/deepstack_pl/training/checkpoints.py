@@ -16,12 +16,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 LATEST, MANIFEST = "latest", "manifest.json"
 METADATA, PLAIN, MINE = ".metadata", "run.pt", "process-{}.pt"
 VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
+_FILE = re.compile(r"\.metadata|[\w-]+(\.[\w-]+)+", re.ASCII)  # none lies elsewhere
 _MARK = ".tmp-"
 
 
@@ -201,18 +202,28 @@ def _places(folder: Path) -> list[Checkpoint | tuple[Path, str]]:
 def _manifest(file: Path, step: int) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError("is no JSON") from error
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
         raise ValueError(f"is not of version {VERSION}")
-    if manifest.pop("digest", None) != _digest(manifest) or manifest["step"] != step:
+    if manifest.pop("digest", None) != _digest(manifest) or manifest.get("step") != step:
         raise ValueError("is not what was written (another SHA-256)")
-    needed = {METADATA, PLAIN, *(MINE.format(rank) for rank in range(manifest["world"]))}
-    if missing := needed - set(manifest["files"]):
+    files, world = manifest.get("files"), manifest.get("world")
+    if not _lists(files) or type(world) is not int or not 1 <= world <= len(files) or "facts" not in manifest:
+        raise ValueError("does not say which files there are, and of how many processes")
+    needed = {METADATA, PLAIN, *(MINE.format(rank) for rank in range(world))}
+    if missing := needed - set(files):
         raise ValueError(f"lists no {min(missing)}")
-    if foreign := [name for name in manifest["files"] if Path(name).name != name]:
-        raise ValueError(f"lists {foreign[0]}, which lies elsewhere")
+    if foreign := [name for name in files if not _FILE.fullmatch(name)]:
+        raise ValueError(f"lists {foreign[0]!r}, which is no file of a checkpoint")
     return manifest
+
+
+def _lists(files: Any) -> TypeGuard[dict[str, dict[str, Any]]]:
+    return isinstance(files, dict) and all(
+        isinstance(file, dict) and type(file.get("bytes")) is int and isinstance(file.get("sha256"), str)
+        for file in files.values()
+    )
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ loader thinks, method E6) in the checkpoint.
 """
 
 from collections.abc import Mapping
-from math import inf, isclose, nextafter
+from math import inf, isclose, isfinite, nextafter
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -20,6 +20,7 @@ OPENAI: dict[str, dict[str, Any]] = {
 }
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
 _BICUBIC = 3
+_COUNTS = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 def read_tower(
@@ -111,6 +112,15 @@ def _shape(name: str, tower: Mapping[str, Any]) -> dict[str, Any]:
             f"mm_vision_tower={name!r} has hidden_act={clip.hidden_act!r} and num_channels={clip.num_channels}: towers "
             f"here have {' or '.join(_ACTIVATIONS)}, and 3 channels. It cannot be converted."
         )
+    counts = {key: getattr(clip, key) for key in _COUNTS}
+    wrong = {key: value for key, value in counts.items() if type(value) is not int or value < 1}
+    if not _is_number(clip.layer_norm_eps):
+        wrong["layer_norm_eps"] = clip.layer_norm_eps
+    if wrong:
+        raise ValueError(
+            f"mm_vision_tower={name!r}: its config.json says {wrong}: sizes and depths are whole numbers from 1 on. "
+            "Give the tower's own config.json."
+        )
     return {
         "image_size": clip.image_size,
         "patch_size": clip.patch_size,
@@ -132,19 +142,24 @@ def _ratio(inner: int, width: int) -> float:
 def _pixels(name: str, pixels: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Mean and deviation; refuses what would change a view that is already as large as the tower's."""
     rules: dict[str, tuple[Any, bool]] = {
-        "size": (pixels.get("size", 224), _sides(pixels.get("size", 224)) == {size}),
+        "size": (pixels.get("size", 224), _is_square(pixels.get("size", 224), size)),
         "crop_size": (
             pixels.get("crop_size", 224),
-            not pixels.get("do_center_crop", True) or _sides(pixels.get("crop_size", 224)) == {size},
+            not pixels.get("do_center_crop", True) or _is_square(pixels.get("crop_size", 224), size),
         ),
         "resample": (pixels.get("resample", _BICUBIC), pixels.get("resample", _BICUBIC) == _BICUBIC),
         "do_rescale": (pixels.get("do_rescale", True), bool(pixels.get("do_rescale", True))),
         "rescale_factor": (
             pixels.get("rescale_factor", 1 / 255),
-            isclose(pixels.get("rescale_factor", 1 / 255), 1 / 255),
+            _is_number(pixels.get("rescale_factor", 1 / 255))
+            and isclose(pixels.get("rescale_factor", 1 / 255), 1 / 255),
         ),
         "do_normalize": (pixels.get("do_normalize", True), bool(pixels.get("do_normalize", True))),
     }
+    for key in ("image_mean", "image_std"):
+        given = pixels.get(key, [0.5] * 3)
+        three = isinstance(given, list) and len(given) == 3 and all(map(_is_number, given))
+        rules[key] = (given, three and (key == "image_mean" or all(given)))
     wrong = {key: value for key, (value, holds) in rules.items() if not holds}
     if wrong:
         raise ValueError(
@@ -159,5 +174,10 @@ def _pixels(name: str, pixels: Mapping[str, Any], size: int) -> dict[str, Any]:
     }
 
 
-def _sides(size: Any) -> set[Any]:
-    return set(size.values()) if isinstance(size, Mapping) else {size}
+def _is_square(said: Any, size: int) -> bool:
+    sides = list(said.values()) if isinstance(said, Mapping) else [said]
+    return bool(sides) and all(side == size for side in sides)
+
+
+def _is_number(value: Any) -> bool:
+    return (isinstance(value, float) and isfinite(value)) or (isinstance(value, int) and abs(value) < 2**53)
