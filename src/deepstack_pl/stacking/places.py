@@ -17,20 +17,21 @@ def last_layer(host: Host, llm_layers: int, vit_layers: int) -> int:
     return llm_layers - 1 if host is Host.llm else vit_layers
 
 
-def check_whole(plan: "Plan") -> None:
-    """Refuse numbers that count nothing: a layer 1.5 would lie between all layers, and its injection never happen.
+def check_whole(values: dict[str, Any]) -> None:
+    """Refuse a stored plan's numbers that count nothing: a layer 1.5 lies between all layers, and its injection would
+    never happen.
 
     Raises:
         ValueError: naming the value.
     """
-    values: dict[str, Any] = {name: getattr(plan, name) for name in _WHOLE}
-    values |= {f"taps[{place}]": tap for place, tap in enumerate(plan.taps)}
+    counts = {name: values[name] for name in _WHOLE if name in values}
+    counts |= {f"taps[{place}]": tap for place, tap in enumerate(values.get("taps", ()))}
     for kind in ("injections", "dropped"):
-        for place, injection in enumerate(getattr(plan, kind)):
-            values |= {f"{kind}[{place}].{key}": getattr(injection, key) for key in ("layer", "group")}
-    for name, value in values.items():
+        for place, injection in enumerate(values[kind]):
+            counts |= {f"{kind}[{place}].{key}": injection[key] for key in ("layer", "group")}
+    for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"plan {plan.name}: {name} is {value!r}, which is no whole number. Say one.")
+            raise ValueError(f"plan {values.get('name')}: {name} is {value!r}, which is no whole number. Say one.")
 
 
 def check_place(plan: "Plan", injection: Injection) -> None:

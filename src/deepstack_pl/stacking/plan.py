@@ -80,7 +80,6 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Hold also for a plan that comes from a config.json."""
-        check_whole(self)
         check_views(self)
         for injection in self.injections:
             check_place(self, injection)
@@ -235,6 +234,7 @@ class Plan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
         """The inverse of `to_dict`."""
+        check_whole(values)
 
         def injections(key: str) -> tuple[Injection, ...]:
             return tuple(
