@@ -17,7 +17,9 @@ from deepstack_pl.multimodal.build import build_model, parts
 from deepstack_pl.multimodal.config import ProjectorConfig
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.multimodal.start import load_weights
-from deepstack_pl.stacking.config import Dealing, Host, InjectionConfig, ModelConfig, Operator
+from deepstack_pl.stacking.config import Dealing, Host, InjectionConfig, ModelConfig, Operator, Source
+from deepstack_pl.training.config import Checkpointing
+from deepstack_pl.training.sharding import checkpoint_activations
 
 SIDES = [PadSide.right, PadSide.left]
 
@@ -56,14 +58,20 @@ def test_fast_path_equals_the_oracle_in_logits_and_gradients(name: str, side: Pa
             torch.testing.assert_close(fast.grad, naive.grad, atol=1e-3, rtol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("name", ["deepstack_l", "deepstack_v", "deepstack_lv"])
-@pytest.mark.parametrize("style", ["hugging_face", "wrapper"])
+TAPS = ModelConfig(name="taps", tiles=0, source=Source.tap, taps=[1, 2, 3], groups=3, start_layer=1)
+
+
+@pytest.mark.parametrize("name", ["deepstack_l", "deepstack_v", "deepstack_lv", "taps"])
+@pytest.mark.parametrize("style", ["full", "selective", "hugging_face", "reentrant", "wrapper"])
 def test_activation_checkpointing_leaves_gradients_alone(name: str, style: str) -> None:
-    model = tiny_model(PLANS[name])
+    """Of several groups, and of the tower that they all come from."""
+    model = tiny_model(PLANS.get(name, TAPS))
     plain = copy.deepcopy(model)
-    if style == "hugging_face":
+    if style in Checkpointing.__members__:
+        checkpoint_activations(model.train(), Checkpointing[style])
+    elif style != "wrapper":
         model.language_model.train()
-        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.language_model.gradient_checkpointing_enable({"use_reentrant": style == "reentrant"})
     else:
         blocks = {*model.language_model.get_decoder().layers, *model.vision_tower.tower.blocks}
         apply_activation_checkpointing(model, checkpoint_wrapper, check_fn=lambda m: m in blocks)
@@ -72,6 +80,7 @@ def test_activation_checkpointing_leaves_gradients_alone(name: str, style: str) 
     for each in (model, plain):
         (each(**batch.model_inputs(), use_cache=False).logits * weights).sum().backward()
     expected = {k: p.grad for k, p in plain.named_parameters() if p.grad is not None}
+    assert any(gradient.any() for key, gradient in expected.items() if key.startswith("vision_tower"))
     found = {
         k.replace("_checkpoint_wrapped_module.", ""): p.grad for k, p in model.named_parameters() if p.grad is not None
     }

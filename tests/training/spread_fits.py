@@ -104,8 +104,10 @@ class ByGradient(DeepStackModule):
 class Losses(Callback):
     def __init__(self) -> None:
         self.seen: list[float] = []
+        self.images: list[list[bool]] = []  # of every forward, whether each process has one
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.images.append(processes.from_all(bool((batch.token_index >= 0).any())))
         if not (batch_idx + 1) % trainer.accumulate_grad_batches:
             self.seen.append(float(trainer.callback_metrics["train/loss"]))
 
@@ -163,7 +165,12 @@ def one_fit(
     weights = gathered(module.network)
     if first:
         counter = FlopsCounter(module.network)  # of matrices of which a share lies here
-        found = {"losses": losses.seen, "gradients": module.gradients, "weights": dict(weights)}
+        found = {
+            "losses": losses.seen,
+            "images": losses.images,
+            "gradients": module.gradients,
+            "weights": dict(weights),
+        }
         found["flops"] = [times for times, _ in counter._layers] + [counter._head]
         torch.save(found, folder / f"{name}.pt")
 

@@ -38,12 +38,16 @@ def key_of(how: dict[str, Any]) -> tuple[str, bool, str]:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every fit in two processes, one group for all."""
-    folder = tmp_path_factory.mktemp("together")
-    phases = [{"name": name_of(how), **how} for how in (*EXACT, *BFLOAT)]
+    return in_two(tmp_path_factory.mktemp("together"), [*EXACT, *BFLOAT], timeout=280)
+
+
+def in_two(folder: Path, fits: list[dict[str, Any]], timeout: int) -> Path:
+    """The same folder, with what two processes learned by each of ``fits``."""
+    phases = [{"name": name_of(how), **how} for how in fits]
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*words, str(folder), json.dumps(phases)], env=environment, capture_output=True, text=True, timeout=280
+        [*words, str(folder), json.dumps(phases)], env=environment, capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder
@@ -74,6 +78,19 @@ def test_two_processes_learn_what_one_learns(how: dict[str, Any], together: Path
     assert differ(one["gradients"], two["gradients"]) < 1e-5
     assert differ(one["weights"], two["weights"]) < 1e-5
     assert one["flops"] == two["flops"], "work is counted by whole matrices"
+
+
+def test_a_process_without_an_image_keeps_nobody_waiting_and_changes_nothing(tmp_path: Path) -> None:
+    """Elsewhere it hangs: processes run different modules, and wait for gradients that nobody sends."""
+    fits = [{"kind": kind, "plan": plan} for kind, plan in (("ddp", "deepstack_lv"), ("fsdp", "qwen3_style"))]
+    in_two(tmp_path, fits, timeout=150)
+    for how in fits:
+        one_fit(tmp_path, "one", plan=how["plan"])
+        one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", name_of(how)))
+        assert [True, False] in two["images"], "nothing is shown"
+        assert [False, True] in two["images"], "nothing is shown"
+        assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+        assert differ(one["weights"], two["weights"]) < 1e-5
 
 
 @pytest.mark.parametrize("how", BFLOAT, ids=name_of)

@@ -175,8 +175,8 @@ class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
         but ``token_index``: what `encode` made of them, once for all of ``generate``.
 
         Raises:
-            ValueError: some of the arguments that come together are missing, a cache would let segments see each other,
-                or placeholders stand without an image.
+            ValueError: some of the arguments that come together are missing or of different shapes, a cache would let
+                segments see each other, or placeholders stand without an image.
         """
         traces = Traces() if record else None
         visual = (views, token_index, sequence_rows, group_rows, vit_rows)
@@ -190,6 +190,11 @@ class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
             embeds = self.get_input_embeddings()(input_ids)
         else:
             assert token_index is not None, "generate hands on both"
+            if token_index.shape != input_ids.shape:  # (1, t) or (b, 1) would spread over every row or position
+                raise ValueError(
+                    f"token_index is {[*token_index.shape]}, input_ids {[*input_ids.shape]}: it says for each position "
+                    "which slot stands there. Take both from one batch, and cut or repeat them alike."
+                )
             sequence, groups = encoded
             embeds = merge(self.get_input_embeddings(), input_ids, sequence, token_index)
             if self.plan.at(Host.llm):
