@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -125,7 +126,7 @@ class ShardIndex:
             values |= {"name": shard_of(path).name, "extensions": tuple(told["extensions"])}
             index = cls(**values, **arrays, columns=columns)
             index._check()
-        except (ValueError, KeyError, TypeError, IndexError, EOFError, RecursionError, zipfile.BadZipFile) as error:
+        except (*_SPOILED, zipfile.BadZipFile, struct.error) as error:
             raise ValueError(f"{path} is no index of a shard ({error}). {again}") from error
         return index
 
@@ -148,6 +149,8 @@ class ShardIndex:
         return told and arrays and rows and mine.sources == its.sources
 
 
+# What numpy and zipfile stumble over in a file that is none of ours.
+_SPOILED = (ValueError, KeyError, TypeError, IndexError, EOFError, RecursionError, NotImplementedError, OverflowError)
 _TOLD = ("name", "bytes", "sha256", "mtime_ns", "extensions")
 _ARRAYS = tuple(f.name for f in fields(ShardIndex) if f.name not in (*_TOLD, "columns"))
 

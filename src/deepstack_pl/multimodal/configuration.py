@@ -6,6 +6,7 @@ from dataclasses import asdict
 from enum import Enum
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
@@ -95,7 +96,10 @@ def _text_config(values: dict[str, Any]) -> PreTrainedConfig:
             "language model. Install a newer transformers, or correct config.json."
         )
     try:
-        return CONFIG_MAPPING[kind](**values)
+        config = CONFIG_MAPPING[kind](**values)
+        if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
+            raise TypeError(f"dtype={config.dtype!r}")
+        return config
     except (StrictDataclassError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"config.json: transformers refuses its text_config: {reason}") from error
