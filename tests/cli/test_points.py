@@ -13,10 +13,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tiny_run import CONF, TINY, leave_checkpoint, run_of
 
+from deepstack_pl.cli.folders import Live
 from deepstack_pl.cli.points import differences, remember_words, standing, words_of
 from deepstack_pl.cli.train import Jobs
 from deepstack_pl.config.load import register, save
 from deepstack_pl.config.schema import Schema
+from deepstack_pl.files import hold, let_go
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -54,6 +56,18 @@ def test_one_that_left_none_is_begun_anew_and_put_aside(tmp_path: Path) -> None:
         assert found.aside is not None
         assert (found.aside / "config.yaml").is_file()
     assert not (tmp_path / "point").exists()
+
+
+def test_one_that_another_sweep_is_at_is_neither_put_aside_nor_called_failed(tmp_path: Path) -> None:
+    folder = left(tmp_path / "point", "running")
+    other = hold(folder)
+    try:
+        with pytest.raises(Live, match="is being trained in by another process"):
+            standing(run_of(*TINY), folder)
+        Jobs(Schema((CONF,)), "python train.py")._leave_out(folder, ["a=1"], "refused", "failed", False)
+    finally:
+        let_go(other)
+    assert json.loads((folder / "results.json").read_text())["status"] == "running"
 
 
 @pytest.mark.parametrize(

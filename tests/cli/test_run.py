@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +19,14 @@ from deepstack_pl.batch import Reason, Record, Refused, Role, Turn
 from deepstack_pl.cli import run as cli_run
 from deepstack_pl.cli import trial
 from deepstack_pl.cli.assemble import make_processor
+from deepstack_pl.cli.folders import Live
 from deepstack_pl.cli.layout import collate_of, worst_rows
 from deepstack_pl.cli.provenance import Memory
 from deepstack_pl.cli.run import execute
 from deepstack_pl.cli.surroundings import share_cores
 from deepstack_pl.data.columns import Columns
 from deepstack_pl.data.sources import open_sources
+from deepstack_pl.files import hold, is_held, let_go
 from deepstack_pl.training.module import DeepStackModule
 from deepstack_pl.training.store import SaveFailed
 
@@ -205,6 +209,50 @@ def test_a_disk_that_is_full_does_not_hide_what_ended_the_run(monkeypatch: pytes
     monkeypatch.setattr(DeepStackModule, "training_step", stop)
     with pytest.raises(SaveFailed, match="as arranged"):
         start(folder=Path("broken"))
+
+
+def test_a_folder_that_another_process_trains_in_is_left_alone() -> None:
+    start(folder=Path("run"))
+    before = {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()}
+    assert not is_held(Path("run"))
+    other = hold(Path("run"))
+    try:
+        with pytest.raises(Live, match="run is being trained in by another process"):
+            go_on("ckpt_path=run", "trainer.max_steps=4")
+        with pytest.raises(Live):
+            start(folder=Path("run"))
+    finally:
+        let_go(other)
+    assert {file: file.read_bytes() for file in Path("run").rglob("*") if file.is_file()} == before
+    assert go_on("ckpt_path=run", "trainer.max_steps=4")["steps"] == 4
+
+
+def test_a_run_holds_its_folder_and_its_workers_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[bool] = []
+
+    def look(self: DeepStackModule, batch: object, batch_idx: int) -> torch.Tensor:
+        held.append(is_held(Path("run")))
+        return step(self, batch, batch_idx)
+
+    step = DeepStackModule.training_step
+    monkeypatch.setattr(DeepStackModule, "training_step", look)
+    start(folder=Path("run"))
+    assert len(held) >= 3
+    assert all(held)
+    handle = hold(Path("run"))
+    child = os.fork()
+    if not child:  # as a data worker, which may outlive a killed run
+        time.sleep(60)
+        os._exit(0)
+    try:
+        let_go(handle)
+        until = time.monotonic() + 30
+        while is_held(Path("run")):  # the child lets go as soon as it comes to run
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_trial_step_is_the_worst_case_and_not_the_longest_text(tmp_path: Path) -> None:

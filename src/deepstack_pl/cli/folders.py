@@ -1,8 +1,12 @@
 """Where runs live: one folder each under ``outputs/``, and ``outputs/latest``, which names the newest."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from deepstack_pl.files import write_text
+from deepstack_pl.files import hold, let_go, write_text
+from deepstack_pl.processes import rank
 from deepstack_pl.training import checkpoints
 from deepstack_pl.training.checkpoints import Checkpoint
 
@@ -28,6 +32,37 @@ def discard_if_empty(folder: Path) -> None:
     for path in (folder, folder.parent):
         if path.is_dir() and path.resolve() != OUTPUTS.resolve() and not any(path.iterdir()):
             path.rmdir()
+
+
+class Live(ValueError):
+    """A run's folder is another process's now; nothing there may be touched."""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The first process of a run holds its folder: a second start there would train into the same files.
+
+    Raises:
+        Live: another start does so now.
+    """
+    handle = None
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = hold(folder)
+        except BlockingIOError as error:
+            where = relative(folder)
+            raise Live(
+                f"{where} is being trained in by another process. Wait for its end, or stop it; or name another folder "
+                "with hydra.run.dir."
+            ) from error
+        except OSError as error:  # of a file system without locks
+            print(f"{relative(folder)} cannot be locked ({error.strerror}): start no run there twice.", file=sys.stderr)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            let_go(handle)
 
 
 def claim(folder: Path) -> None:

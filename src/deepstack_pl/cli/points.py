@@ -10,12 +10,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from deepstack_pl.cli.folders import CONFIG, checkpoint_of, relative
+from deepstack_pl.cli.folders import CONFIG, Live, checkpoint_of, relative
 from deepstack_pl.cli.report import read_results
 from deepstack_pl.cli.resume import FREE, Resumed
 from deepstack_pl.config.load import flat, load
 from deepstack_pl.config.run import RunConfig
-from deepstack_pl.files import write_text
+from deepstack_pl.files import is_held, write_text
 
 WORDS = "sweep.json"
 _DECIDES = ("trainer.max_steps", "evaluation")  # of what a run may change on its way, what decides its numbers
@@ -59,6 +59,8 @@ def standing(run: RunConfig, folder: Path) -> Standing:
         )
     if results.get("status") == "finished":
         return Standing(finished=True)
+    if is_held(folder):
+        raise Live(f"{relative(folder)} is being trained in by another process. Wait for its end, or stop it.")
     try:
         checkpoint, notes = checkpoint_of(folder)
     except ValueError:

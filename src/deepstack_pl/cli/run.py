@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +17,7 @@ from deepstack_pl.cli.assemble import Assembly, assemble, device_of, model_build
 from deepstack_pl.cli.description import describe
 from deepstack_pl.cli.ending import ending_at_once, number_here
 from deepstack_pl.cli.evaluation import at_the_end
-from deepstack_pl.cli.folders import CONFIG, RECEIPT, checkpoint_of, claim, relative, remember
+from deepstack_pl.cli.folders import CONFIG, RECEIPT, alone, checkpoint_of, claim, relative, remember
 from deepstack_pl.cli.launch import launch
 from deepstack_pl.cli.machines import require_device, require_group, started, wanted
 from deepstack_pl.cli.memory import print_memory
@@ -71,7 +71,9 @@ def execute(
     with ending_at_once():
         if several:
             processes.join(run.strategy.start_timeout, device_of(run))  # for good: the process ends with its run
-        return _here(run, Path(from_first(str(folder))), command, arm, resumed)
+        folder = Path(from_first(str(folder)))
+        with alone(folder) if run.trial is DryRun.false else nullcontext():
+            return _here(run, folder, command, arm, resumed)
 
 
 def _here(run: RunConfig, folder: Path, command: str, arm: Sequence[str], resumed: Resumed | None) -> bool:
@@ -82,11 +84,8 @@ def _here(run: RunConfig, folder: Path, command: str, arm: Sequence[str], resume
     notes = settle(run)
     if run.init_from and resumed is None:
         notes.append(f"starting from the weights of {relative(run.init_from)}")
-    console.print(
-        build_plan(run.model, run.llm, run.vision).draw() + "\n", markup=False, highlight=False, soft_wrap=True
-    )
-    for note in notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    for text in (build_plan(run.model, run.llm, run.vision).draw() + "\n", *notes):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     lightning.seed_everything(run.seed, workers=True, verbose=False)
     if run.trial is DryRun.true:
         model = model_builder(run, image_token_id=0)(device="meta")

@@ -19,12 +19,13 @@ from deepstack_pl.cli import points, resume
 from deepstack_pl.cli.arms import state
 from deepstack_pl.cli.command_line import CommandLine, call_hydra, folders
 from deepstack_pl.cli.ending import end_now, ending_at_once, together, wait_to_speak
-from deepstack_pl.cli.folders import RESULTS, discard_if_empty
+from deepstack_pl.cli.folders import RESULTS, Live, discard_if_empty
 from deepstack_pl.cli.sweep import SweepReport
 from deepstack_pl.config.errors import sentence
 from deepstack_pl.config.load import from_hydra, register
 from deepstack_pl.config.overrides import check, parse
 from deepstack_pl.config.schema import Schema
+from deepstack_pl.files import is_held
 from deepstack_pl.training.config import PREEMPTED
 
 
@@ -71,7 +72,7 @@ class Jobs:
             reason = "stopped at once by Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"exit {error.code}"
             print(f"{', '.join(arm)}: {reason}", file=sys.stderr)
             self._leave_out(folder, arm, reason, "interrupted", tried)
-        except points.AnotherRun as error:
+        except (points.AnotherRun, Live) as error:
             print(error, file=sys.stderr)
             self.failed = True
         except Exception as error:
@@ -99,7 +100,7 @@ class Jobs:
     def _leave_out(self, folder: Path, arm: list[str], reason: str, status: str, tried: bool) -> None:
         from deepstack_pl.cli.report import write_failure
 
-        if not tried:
+        if not tried and not is_held(folder):  # else it is another process's, which says itself how it ends
             write_failure(folder, arm, reason, status)
 
 

@@ -4,7 +4,6 @@ A folder holds ``identity.json`` (what the answers depend on), while it is answe
 and at the end ``records.jsonl`` and ``results.json`` in their place.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepstack_pl.evaluation.benchmark import Line
-from deepstack_pl.files import write_text
+from deepstack_pl.files import hold, let_go, write_text
 
 IDENTITY, RECORDS, RESULTS = "identity.json", "records.jsonl", "results.json"
 _PARTS = "answers.*.jsonl"
@@ -43,7 +42,7 @@ class Kept:
     def close(self) -> None:
         """Let others write into the folder."""
         if self._claim is not None:
-            os.close(self._claim)
+            let_go(self._claim)
             self._claim = None
 
     def begin(self, identity: Mapping[str, Any], others: Others = Others.refused) -> Path | None:
@@ -54,9 +53,8 @@ class Kept:
             ValueError: it holds answers that something else made, or another program writes there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._claim = os.open(self.folder, os.O_RDONLY)
         try:
-            fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._claim = hold(self.folder)
         except BlockingIOError as error:
             raise ValueError(
                 f"{self.folder}: another evaluation writes there now. Wait for it, or say to=FOLDER."
