@@ -23,7 +23,7 @@ NAMED = sorted(set(re.findall(r"`([\w/]+\.py)::(\w+)`", PAGE)))
 @cache
 def functions(file: str) -> dict[str, ast.FunctionDef]:
     tree = ast.parse((TESTS / file).read_text())
-    return {each.name: each for each in tree.body if isinstance(each, ast.FunctionDef)}
+    return {each.name: each for each in ast.walk(tree) if isinstance(each, ast.FunctionDef)}  # in classes, too
 
 
 @pytest.mark.parametrize(("file", "name"), NAMED, ids="::".join)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -178,6 +179,17 @@ def wait_at_five(record: Record) -> Sample:
     return prepare(record)
 
 
+def hand_nothing_over_at_five(record: Record) -> Sample:
+    """As torch does where /dev/shm is full."""
+
+    def refuse(tensor: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    if record.key == "5":
+        ForkingPickler.register(torch.Tensor, refuse)
+    return prepare(record)
+
+
 def read_until_lost(batches: Iterator[MultimodalBatch]) -> tuple[list[list[str]], str]:
     """The keys that came, and the error that came instead of the next."""
     came: list[list[str]] = []
@@ -196,6 +208,13 @@ def test_a_worker_that_is_killed_is_an_error_that_names_it_and_what_was_waited_f
     assert came == alone[: len(came)], "what did come is what should have come"
     assert "DataLoader worker (pid" in said
     assert f"worker 0's, with {', '.join(alone[len(came)][:3])}, ..." in said
+    assert "lower data.workers" in said
+
+
+def test_a_worker_that_cannot_hand_a_batch_over_is_an_error_at_once_and_names_the_shared_memory() -> None:
+    came, said = read_until_lost(iter(loader_of(Numbers(12), hand_nothing_over_at_five, timeout=200)))
+    assert len(came) < 3
+    assert "Shared memory (/dev/shm) is full" in said
     assert "lower data.workers" in said
 
 

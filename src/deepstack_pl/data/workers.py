@@ -1,8 +1,12 @@
 """The processes that read samples: what they do, and what is said when one is lost."""
 
+import errno
+import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.queues import Queue
 from types import FrameType
 from typing import Any
 
@@ -16,6 +20,7 @@ from deepstack_pl.data.records import Source
 Blank = Callable[[str, str, tuple[Reason, str] | None], Sample]
 
 TIMEOUT = 600  # seconds that a batch may take before a worker is taken for hung
+_FULL = os.strerror(errno.ENOSPC)
 _NAMED = 3  # samples of a batch that did not come
 
 
@@ -25,6 +30,13 @@ def start_worker(_worker: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave_it)
     torch.set_num_threads(1)
+    # A batch that cannot be handed over would be printed and forgotten, and waited for until the timeout.
+    Queue._on_queue_feeder_error = staticmethod(_cannot_hand_over)  # type: ignore[method-assign]
+
+
+def _cannot_hand_over(error: BaseException, batch: Any) -> None:
+    print(f"data worker {os.getpid()}: a batch cannot be handed over: {error}", file=sys.stderr, flush=True)
+    os._exit(errno.ENOSPC if _FULL in str(error) else 1)
 
 
 def _leave_it(number: int, frame: FrameType | None) -> None:
@@ -90,10 +102,16 @@ class WatchedLoader(DataLoader[Any]):
                     raise
                 keys = self.dataset.names(handed[0])  # type: ignore[attr-defined]
                 more = ", ..." if len(keys) > _NAMED else ""
+                remedy = (
+                    "Shared memory (/dev/shm) is full: batches on their way lie there. Give the container more "
+                    "(docker run --shm-size=8g), or lower data.workers or data.micro_batch_size."
+                    if any(worker.exitcode == errno.ENOSPC for worker in getattr(batches, "_workers", ()))
+                    else "If it was killed, the machine may be short of memory (see dmesg): lower data.workers. If it "
+                    "hangs, look at the disk or network that these samples lie on."
+                )
                 raise RuntimeError(
                     f"{str(error).rstrip(' .')}. What was waited for is worker {count % self.num_workers}'s, with "
-                    f"{', '.join(keys[:_NAMED])}{more}. If it was killed, the machine may be short of memory (see "
-                    "dmesg): lower data.workers. If it hangs, look at the disk or network that these samples lie on."
+                    f"{', '.join(keys[:_NAMED])}{more}. {remedy}"
                 ) from error
             handed.popleft()
             count += 1
