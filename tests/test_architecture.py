@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,29 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
         lines = file.read_bytes().decode("utf-8", errors="ignore").splitlines()
         found += [f"{name}:{n}: {line.strip()[:100]}" for n, line in enumerate(lines, 1) if MACHINE_PATH.search(line)]
     assert found == []
+
+
+@pytest.mark.parametrize(
+    ("package", "unsafe"),
+    [
+        ("torch", "2.9"),  # weights_only could be got around: CVE-2025-32434, CVE-2026-24747
+        ("transformers", "5.2"),  # remote code in spite of trust_remote_code=False: CVE-2026-4372, CVE-2026-5241
+        ("lightning", "2.6.5"),  # 2.6.2 and 2.6.3 were malicious uploads; code ran in load_from_checkpoint
+    ],
+)
+def test_no_release_that_is_known_to_be_unsafe_is_allowed(package: str, unsafe: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (required,) = (each for each in map(Requirement, project["dependencies"]) if each.name == package)
+    assert unsafe not in required.specifier
+    assert version(package) in required.specifier
+
+
+def test_nothing_runs_code_that_comes_with_weights() -> None:
+    """No remote code, no pickles, no archive unpacked by its own names."""
+    for file in SOURCES:
+        text = file.read_text()
+        assert "trust_remote_code=True" not in text, file
+        assert not re.search(
+            r"load[^\n]*weights_only=False|allow_pickle=True|\.extractall\(|shell=True|(?<![.\w])eval\(", text
+        ), file
+        assert not re.search(r"torch\.load\((?!.*weights_only=True)", text), file

@@ -101,6 +101,14 @@ def test_a_malformed_record_is_refused_by_key(values: dict, images: int, message
         record_from_llava(values, [RED] * images, "k")
 
 
+@pytest.mark.parametrize(
+    "text", ["", " ", "שלום مرحبا \u202e", "👩\u200d🚀", "\x00\ufeff", "<|end|></s><eos>", "n " * 100_000]
+)
+def test_a_turn_is_kept_to_the_letter(text: str) -> None:
+    record = record_from_llava(said(text, f"{text}."), [], "k")
+    assert [turn.text for turn in record.turns] == [text, f"{text}."]
+
+
 def test_a_last_question_that_nothing_answers_is_dropped() -> None:
     assert check_turns(said("What?", "a", "And?"), 0, "k") == check_turns(said("What?", "a"), 0, "k")
 

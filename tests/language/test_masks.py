@@ -1,4 +1,4 @@
-"""What is learned of a conversation, character by character: random dialogues, all templates, all kinds of tokenizer."""
+"""What is learned of a conversation, character by character: random dialogues, all templates, kinds of tokenizers."""
 
 import re
 from functools import cache

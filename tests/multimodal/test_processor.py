@@ -101,6 +101,12 @@ def test_positions_are_those_of_the_sample(name: str) -> None:
         assert made.positions(asked.turns, [image.size for image in asked.images]) == len(made.prepare(asked).labels)
 
 
+def test_a_text_of_a_hundred_thousand_tokens_is_refused_with_both_numbers_and_cut_where_that_is_said() -> None:
+    made = processor()
+    with pytest.raises(ValueError, match=r"page 7.*\d{6} positions|page 7.*\d{3},\d{3} positions"):
+        made.prepare(record("<image>" + "never " * 100_000))
+
+
 def test_a_blank_row_counts_nothing_beside_others_and_alone() -> None:
     made = processor()
     model, sample = model_for(made), made.prepare(record("<image>"))

@@ -44,6 +44,7 @@ class Watchdog(lightning.Callback):
         self._last = 0.0
         self._done = 0
         self._unwritten = False
+        self._size = (0, 0)  # rows and positions of the batch
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._over.clear()
@@ -55,6 +56,7 @@ class Watchdog(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: MultimodalBatch, batch_idx: int
     ) -> None:
+        self._size = tuple(batch.input_ids.shape)
         self._at("forward and backward", trainer.global_step, batch.keys)
 
     def on_before_optimizer_step(
@@ -85,6 +87,13 @@ class Watchdog(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         self._stop()
+        if isinstance(exception, torch.OutOfMemoryError):
+            rows, positions = self._size
+            _say(
+                f"process {rank()} ran out of memory in step {self._beat['step']}, {self._beat['phase']}: {rows} rows "
+                f"of {positions} positions, samples {', '.join(self._beat['samples'][:3])}. "
+                "Lower data.micro_batch_size; dry_run=step tries the worst batch there can be.\n"
+            )
 
     def _at(self, phase: str, step: int, keys: list[str] | None = None) -> None:
         self._last = time.monotonic()
