@@ -143,6 +143,35 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(tmp_path, worke
         assert torch.equal(a, b), name
 
 
+class Dropout(lightning.Callback):
+    """Dropout in every layer, and the losses to the last bit."""
+
+    def __init__(self):
+        self.losses = []
+
+    def on_fit_start(self, trainer, pl_module):
+        for layer in pl_module.network.language_model.get_decoder().layers:
+            layer.self_attn.attention_dropout = 0.3
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item().hex())
+
+
+def test_stopped_after_any_step_it_goes_on_as_if_it_had_not_been(tmp_path):
+    whole, straight = Keys(), Dropout()
+    end, _ = fit(tmp_path / "whole", whole, straight)
+    assert len(set(straight.losses)) == 6
+    for step in range(1, 6):
+        folder = tmp_path / str(step)
+        keys, losses = (interrupt_after(step), Keys()), (Dropout(), Dropout())
+        fit(folder, keys[0], losses[0], GracefulStop(), RunCheckpoint(folder))
+        resumed, _ = fit(folder, keys[1], losses[1], RunCheckpoint(folder), resume=newest(folder))
+        assert keys[0].seen + keys[1].seen == whole.seen
+        assert losses[0].losses + losses[1].losses == straight.losses
+        for (name, a), b in zip(end.network.named_parameters(), resumed.network.parameters(), strict=True):
+            assert torch.equal(a, b), name
+
+
 def test_the_state_is_plain_numbers_of_what_was_trained_and_not_of_what_was_fetched(tmp_path):
     fit(tmp_path, interrupt_after(2), GracefulStop(), RunCheckpoint(tmp_path), datamodule=data(workers=1))
     state = state_of(tmp_path)
