@@ -165,6 +165,8 @@ def test_an_error_of_the_reader_is_not_taken_for_a_lost_worker() -> None:
         with pytest.raises(RuntimeError) as raised:
             rows(loader_of(Numbers(8), raise_as_a_loader_would, workers=workers))
         assert "waited for" not in str(raised.value)
+        del raised
+        gc.collect()  # torch waits for such a worker in vain; here, and not within another test
 
 
 def kill_itself_at_five(record: Record) -> Sample:
@@ -209,6 +211,19 @@ def test_a_worker_that_is_killed_is_an_error_that_names_it_and_what_was_waited_f
     assert "DataLoader worker (pid" in said
     assert f"worker 0's, with {', '.join(alone[len(came)][:3])}, ..." in said
     assert "lower data.workers" in said
+
+
+def test_a_worker_that_is_killed_is_noticed_within_seconds_though_its_signal_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", True)
+    monkeypatch.setattr("deepstack_pl.data.workers._LOOK", 0.5)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        _, said = read_until_lost(iter(loader_of(Numbers(12), kill_itself_at_five, timeout=200)))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert "exited unexpectedly. What was waited for is worker 0's" in said
 
 
 def test_a_worker_that_cannot_hand_a_batch_over_is_an_error_at_once_and_names_the_shared_memory() -> None:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deepstack_pl.files import hold, let_go, write_text
-from deepstack_pl.processes import rank
 from deepstack_pl.training import checkpoints
 from deepstack_pl.training.checkpoints import Checkpoint
 
@@ -40,24 +39,22 @@ class Live(ValueError):
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """The first process of a run holds its folder: a second start there would train into the same files.
+    """Hold a run's folder, as its first process: a second start there would train into the same files.
 
     Raises:
         Live: another start does so now.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     handle = None
-    if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = hold(folder)
-        except BlockingIOError as error:
-            where = relative(folder)
-            raise Live(
-                f"{where} is being trained in by another process. Wait for its end, or stop it; or name another folder "
-                "with hydra.run.dir."
-            ) from error
-        except OSError as error:  # of a file system without locks
-            print(f"{relative(folder)} cannot be locked ({error.strerror}): start no run there twice.", file=sys.stderr)
+    try:
+        handle = hold(folder)
+    except BlockingIOError as error:
+        raise Live(
+            f"{relative(folder)} is being trained in by another process. Wait for its end, or stop it; or name another "
+            "folder with hydra.run.dir."
+        ) from error
+    except OSError as error:  # of a file system without locks
+        print(f"{relative(folder)} cannot be locked ({error.strerror}): start no run there twice.", file=sys.stderr)
     try:
         yield
     finally:

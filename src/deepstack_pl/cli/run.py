@@ -72,7 +72,7 @@ def execute(
         if several:
             processes.join(run.strategy.start_timeout, device_of(run))  # for good: the process ends with its run
         folder = Path(from_first(str(folder)))
-        with alone(folder) if run.trial is DryRun.false else nullcontext():
+        with alone(folder) if run.trial is DryRun.false and not processes.rank() else nullcontext():
             return _here(run, folder, command, arm, resumed)
 
 

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.queues import Queue
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from deepstack_pl.batch import Reason, Record, Refused, Sample
 from deepstack_pl.data.batching import FILL, Unit
@@ -20,6 +22,7 @@ from deepstack_pl.data.records import Source
 Blank = Callable[[str, str, tuple[Reason, str] | None], Sample]
 
 TIMEOUT = 600  # seconds that a batch may take before a worker is taken for hung
+_LOOK = 5.0  # seconds between looks at whether the workers live
 _FULL = os.strerror(errno.ENOSPC)
 _NAMED = 3  # samples of a batch that did not come
 
@@ -78,11 +81,28 @@ class PreparedSource(Dataset[Sample | list[Sample]]):
             return self.blank(self.source.key(number), source, (refused.reason, refused.sentence))
 
 
+class _Looking(_MultiProcessingDataLoaderIter):
+    """Given a timeout, torch looks after its workers when that is over, and relies on a signal until then; which is lost
+    where it is answered within a destructor, or where a library takes SIGCHLD for itself.
+    """
+
+    def _try_get_data(self, timeout: float = _LOOK) -> tuple[bool, Any]:
+        end = time.monotonic() + timeout
+        while True:
+            left = max(end - time.monotonic(), 0.0)
+            found = super()._try_get_data(min(left, _LOOK))
+            if found[0] or left <= _LOOK:
+                return found
+
+
 class WatchedLoader(DataLoader[Any]):
     """A loader that says which worker and which batch it waited for when none came.
 
     Its sampler keeps the batches that it handed out in ``handed``, its dataset names the samples of one.
     """
+
+    def _get_iterator(self) -> _BaseDataLoaderIter:
+        return _Looking(self) if self.num_workers else super()._get_iterator()
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Batches.
