@@ -54,6 +54,44 @@ def test_a_checkpoint_with_a_tensor_missing_is_refused(checkpoint) -> None:
         build(llm)
 
 
+class Bomb:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.file,)
+
+
+def test_an_llm_that_there_is_as_pickles_alone_is_read_and_nothing_of_them_is_run(checkpoint, tmp_path: Path) -> None:
+    llm, source = checkpoint
+    file = Path(llm.checkpoint) / "model.safetensors"
+    tensors = load_file(file)
+    torch.save(tensors | {"bomb": Bomb(tmp_path / "ran")}, file.with_name("pytorch_model.bin"))
+    assert torch.equal(build(llm).language_model.lm_head.weight, source.language_model.lm_head.weight)
+    file.unlink()  # safetensors come first: until here nobody has looked at the other
+    with pytest.raises(ValueError, match="holds more than tensors, and nothing of it was run"):
+        build(llm)
+    assert not (tmp_path / "ran").exists()
+    torch.save(tensors, file.with_name("pytorch_model.bin"))
+    loaded = build(llm)
+    for key, tensor in source.language_model.state_dict().items():
+        assert torch.equal(loaded.language_model.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize("asked", [{}, {"use_safetensors": False}, {"weights_only": False}])
+def test_a_runs_folder_that_holds_pickles_alone_is_refused(asked: dict, tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict() | {"bomb": Bomb(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    DeepStackForConditionalGeneration.from_pretrained(tmp_path, **asked)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds its weights as \.bin, pickles that run code.*with safetensors"):
+        DeepStackForConditionalGeneration.from_pretrained(tmp_path, **asked)
+    with pytest.raises(ValueError, match=r"there is no model\.safetensors"):
+        load_weights(model, tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(("key", "value"), [("num_attention_heads", 2), ("rope_theta", 500.0)])
 def test_conf_and_checkpoint_that_disagree_are_refused_by_key(checkpoint, key: str, value: float) -> None:
     llm, _ = checkpoint

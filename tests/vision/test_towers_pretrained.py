@@ -221,3 +221,36 @@ def test_open_clips_own_transformer_is_not_looked_for_in_timm(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"wraps no model of timm's, but has a VisionTransformer\. Leave"):
         loaded(config)
     assert drawn("timm").config.heads == TIMM["num_heads"]
+
+
+class Bomb:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("name", ["clip", "timm", "open_clip"])
+def test_pickles_of_a_tower_run_nothing(name: str, tmp_path: Path) -> None:
+    bomb = {"weight": torch.zeros(2), "more": Bomb(tmp_path / "ran")}
+    if name == "open_clip":
+        torch.save(bomb, tmp_path / "weights.bin")
+        config = replace(CONFIGS[name], init=VisionInit.pretrained, open_clip_model="ViT-B-32")
+        config = replace(config, open_clip_weights=str(tmp_path / "weights.bin"))
+    else:
+        config = saved(name, library_model(name), tmp_path / "there")
+        (tmp_path / "there/model.safetensors").unlink()
+        torch.save(bomb, tmp_path / "there/pytorch_model.bin")
+    with pytest.raises(ValueError, match="hold more than tensors, and nothing of them was run"):
+        loaded(config)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tower_whose_weights_are_pickles_of_tensors_is_read(checkpoint: VisionConfig) -> None:
+    assert checkpoint.checkpoint is not None
+    expected, folder = loaded(checkpoint).state_dict(), Path(checkpoint.checkpoint)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    found = loaded(checkpoint).state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -152,6 +153,11 @@ def _checkpoint(llm: LLMConfig) -> nn.Module:
         loaded: Any = AutoModelForCausalLM.from_pretrained(_named(llm), dtype=torch.float32, output_loading_info=True)
     except OSError as error:
         raise _not_at_hand(llm, error) from error
+    except UnpicklingError as error:
+        raise ValueError(
+            f"llm={llm.name}: a .bin of {llm.checkpoint} is damaged or holds more than tensors, and nothing of it was "
+            "run. Fetch it again, or take a version with safetensors."
+        ) from error
     model, info = loaded
     wrong = {key: sorted(map(str, info[key]))[:3] for key in ("missing_keys", "mismatched_keys") if info[key]}
     if wrong:

@@ -35,6 +35,7 @@ from deepstack_pl.multimodal.lora import add_adapters
 from deepstack_pl.multimodal.merge import merge
 from deepstack_pl.multimodal.output import DeepStackOutput
 from deepstack_pl.multimodal.projector import build_own_projectors, build_projector
+from deepstack_pl.multimodal.tensor_files import refuse_pickles_alone
 from deepstack_pl.stacking.config import Host, Newline, Sequence
 from deepstack_pl.stacking.injection import Traces
 from deepstack_pl.vision.encoder import VisionEncoder
@@ -259,18 +260,19 @@ class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a run's or an exported folder, strictly.
+        """Load a run's or an exported folder, strictly, and from safetensors alone.
 
         Raises:
-            ValueError: a tensor is missing, left over or of another shape.
+            ValueError: there are only pickles, or a tensor is missing, left over or of another shape.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # pyright: ignore
+        folder = args[0] if args else kwargs["pretrained_model_name_or_path"]
+        refuse_pickles_alone(folder)
+        options = kwargs | {"output_loading_info": True, "use_safetensors": True}
+        model, info = super().from_pretrained(*args, **options)  # pyright: ignore
         wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         if any(wrong.values()):
-            raise ValueError(
-                f"{args[0]} does not hold this model's weights: {wrong}. Is it of another plan or version?"
-            )
+            raise ValueError(f"{folder} does not hold this model's weights: {wrong}. Is it of another plan or version?")
         assert_installed(model.language_model)
         model.freeze_unreachable()  # loading replaced every parameter
         return (model, info) if wants_info else model

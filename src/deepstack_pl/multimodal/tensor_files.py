@@ -18,6 +18,10 @@ from torch import Tensor
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # as Hugging Face cuts them
+_PICKLES = (
+    "{} holds its weights as .bin, pickles that run code when they are opened. Take a version with safetensors, or "
+    "save it as such where you trust it."
+)
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -88,10 +92,7 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def _no_weights(self) -> str:
         if any(self.folder.glob("*.bin")):
-            return (
-                f"{self.folder} holds its weights as .bin, pickles that run code when they are opened. Take a version "
-                "with safetensors, or save it as such where you trust it."
-            )
+            return _PICKLES.format(self.folder)
         shards = len(list(self.folder.glob("*.safetensors")))
         held = f"{shards} safetensors files without {INDEX}" if shards else "no safetensors"
         return f"{self.folder} holds {held}. Weights are one {SINGLE}, or shards with their index: fetch it again."
@@ -105,6 +106,17 @@ class TensorFiles(Mapping[str, Tensor]):
                 f"{file} is no whole safetensors file ({str(error).splitlines()[0]}): a download that was cut off, or "
                 "a pointer of git-lfs. Fetch it again."
             ) from error
+
+
+def refuse_pickles_alone(folder: Any) -> None:
+    """Refuse a folder that has weights, and none as safetensors; a name of the hub is nothing that could be looked at.
+
+    Raises:
+        ValueError: naming the folder, and what to do.
+    """
+    place = Path(folder) if folder is not None else None
+    if place is not None and any(place.glob("*.bin")) and not any(place.glob("*.safetensors")):
+        raise ValueError(_PICKLES.format(place))
 
 
 def write_tensors(

@@ -83,7 +83,7 @@ class Session:
             raise ValueError(
                 f"--device {device}: {str(error).splitlines()[0]}. Leave it out, or name one that is here."
             ) from error
-        model = DeepStackForConditionalGeneration.from_pretrained(folder, use_safetensors=True)
+        model = DeepStackForConditionalGeneration.from_pretrained(folder)
         return cls(model.to(device), DeepStackProcessor.from_pretrained(folder), folder.resolve().name)
 
     def question(

@@ -93,6 +93,14 @@ def not_at_hand(config: VisionConfig, error: Exception, key: str) -> ValueError:
     )
 
 
+def more_than_tensors(config: VisionConfig) -> ValueError:
+    """Pickles that would have run something, had they been let; or that are broken."""
+    return ValueError(
+        f"vision={config.name}: the weights {config.weights} are damaged or hold more than tensors, and nothing of "
+        "them was run. Fetch them again, or take a version with safetensors."
+    )
+
+
 def refuse_other_values(config: VisionConfig, source: str, pairs: dict[str, tuple[Any, Any]]) -> None:
     """Refuse values (conf's, the checkpoint's) that differ: shapes do not show them, and a wrong one changes the
     features in silence.

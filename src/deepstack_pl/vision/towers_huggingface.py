@@ -5,6 +5,7 @@ for.
 """
 
 import json
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 from transformers.utils.hub import cached_file
 
 from deepstack_pl.vision.config import QWEN3_VL, VisionConfig, check_weights
-from deepstack_pl.vision.towers_face import not_at_hand, refuse_other_values
+from deepstack_pl.vision.towers_face import more_than_tensors, not_at_hand, refuse_other_values
 from deepstack_pl.vision.towers_plain import Parts, PlainTower
 
 _MODELS: dict[str, type[PreTrainedModel]] = {
@@ -128,6 +129,8 @@ def load_huggingface(config: VisionConfig) -> Any:
         )
     except OSError as error:
         raise not_at_hand(config, error, "checkpoint at a local folder") from error
+    except UnpicklingError as error:
+        raise more_than_tensors(config) from error
     model, info = loaded
     left_over = [key for key in info["unexpected_keys"] if not key.removeprefix("model.").startswith(_BESIDES)]
     wrong = {

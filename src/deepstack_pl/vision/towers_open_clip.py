@@ -1,6 +1,7 @@
 """open_clip's own vision transformer: the only file that knows where open_clip keeps its parts."""
 
 from functools import partial
+from pickle import UnpicklingError
 
 import open_clip
 import torch
@@ -10,7 +11,7 @@ from open_clip.transformer import LayerNorm, QuickGELU, ResidualAttentionBlock, 
 from torch import Tensor, nn
 
 from deepstack_pl.vision.config import VisionConfig, check_weights
-from deepstack_pl.vision.towers_face import Tower, not_at_hand, refuse_other_values, take
+from deepstack_pl.vision.towers_face import Tower, more_than_tensors, not_at_hand, refuse_other_values, take
 
 
 class OpenClipTower(Tower):
@@ -93,6 +94,8 @@ def load_open_clip(config: VisionConfig) -> nn.Module:
     assert config.open_clip_model is not None
     try:
         return open_clip.create_model(config.open_clip_model, pretrained=config.open_clip_weights)
+    except UnpicklingError as error:
+        raise more_than_tensors(config) from error
     except (OSError, RuntimeError) as error:
         raise not_at_hand(config, error, "open_clip_weights at a local file") from error
 

@@ -1,6 +1,7 @@
 """timm's vision transformers, also those that open_clip wraps (SigLIP): the only file that knows timm's parts."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
@@ -11,7 +12,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from deepstack_pl.vision.config import VisionConfig, VisionLibrary, check_weights
-from deepstack_pl.vision.towers_face import not_at_hand, refuse_other_values
+from deepstack_pl.vision.towers_face import more_than_tensors, not_at_hand, refuse_other_values
 from deepstack_pl.vision.towers_open_clip import load_open_clip
 from deepstack_pl.vision.towers_plain import Parts, PlainTower
 
@@ -129,6 +130,8 @@ def _load(config: VisionConfig) -> Any:
     try:
         return timm.create_model(f"{kind}:{config.checkpoint}", pretrained=True)
     except (OSError, RuntimeError) as error:
+        if isinstance(error.__cause__, UnpicklingError):
+            raise more_than_tensors(config) from error
         raise not_at_hand(config, error, "checkpoint at a local folder") from error
 
 
