@@ -170,6 +170,45 @@ def test_unpacking_goes_on_and_refuses_a_damaged_archive(tmp_path: Path) -> None
         fetch.unpack(archive, tmp_path / "images")
 
 
+@pytest.mark.parametrize("name", ["../x.jpg", "/x.jpg", "a/../../x.jpg", "{folder}/x.jpg"])
+def test_an_archive_with_a_name_that_leaves_the_folder_is_not_unpacked(name: str, tmp_path: Path) -> None:
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr("first.jpg", b"whole")
+        packed.writestr(name.format(folder=tmp_path), b"elsewhere")
+    with pytest.raises(ValueError, match=r"x\.jpg' leaves the folder"):
+        fetch.unpack(archive, tmp_path / "images")
+    assert files(tmp_path) == {"images.zip"}
+
+
+def test_a_link_in_an_archive_is_a_file_and_leads_nowhere(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("link")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as packed:
+        packed.writestr(link, str(tmp_path))
+    fetch.unpack(tmp_path / "images.zip", tmp_path / "images")
+    assert not (tmp_path / "images/link").is_symlink()
+
+
+def test_an_archive_that_unfolds_beyond_the_disk_or_beyond_what_it_says_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("zeros.jpg", bytes(10**7))
+    assert archive.stat().st_size < 20_000
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
+        with pytest.raises(ValueError, match=r"images\.zip: 0\.0 GB would be unpacked, and 0\.0 GB are free"):
+            fetch.unpack(archive, tmp_path / "images")
+    assert not (tmp_path / "images").exists()
+    data = archive.read_bytes()
+    archive.write_bytes(data.replace((10**7).to_bytes(4, "little"), (1000).to_bytes(4, "little")))
+    with pytest.raises(ValueError, match=r"images\.zip is damaged .*CRC"):
+        fetch.unpack(archive, tmp_path / "images")
+    assert sum(file.stat().st_size for file in (tmp_path / "images").iterdir()) <= 1000
+
+
 @pytest.mark.parametrize("words", [("phi3",), ("lcs558k",), ("llava665k", "--to", "there")])
 def test_offline_says_so_and_leaves_nothing(
     words: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -151,16 +151,24 @@ def unpack(archive: Path, folder: Path) -> None:
     """Every file of ``archive`` into ``folder``; those that are there whole stay.
 
     Raises:
-        ValueError: it is no archive, or damaged.
+        ValueError: it is no archive, damaged, larger than the disk, or a name in it leaves the folder.
     """
     from deepstack_pl.data.progress import bar
 
     try:
         with zipfile.ZipFile(archive) as packed, bar(f"Unpacking {archive.name}", len(packed.infolist())) as advance:
-            for member in packed.infolist():
-                target = folder / member.filename
-                if not member.is_dir() and not (target.is_file() and target.stat().st_size == member.file_size):
-                    packed.extract(member, folder)  # which keeps names inside of the folder
+            members = packed.infolist()
+            outside = [m.filename for m in members if m.filename.startswith("/") or ".." in m.filename.split("/")]
+            if outside:
+                raise ValueError(f"{archive}: {outside[0]!r} leaves the folder. It is not unpacked; fetch another.")
+            missing = [m for m in members if not m.is_dir() and not _there(folder / m.filename, m.file_size)]
+            # No member gives more bytes than it says: zipfile stops there, and compares the CRC-32.
+            needed, free = sum(member.file_size for member in missing), shutil.disk_usage(archive.parent).free
+            if needed > free:
+                raise ValueError(f"{archive}: {_gb(needed)} would be unpacked, and {_gb(free)} are free.")
+            advance(len(members) - len(missing))
+            for member in missing:
+                packed.extract(member, folder)
                 advance(1)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{archive} is damaged ({error}). Delete it, and fetch again.") from error
@@ -255,6 +263,10 @@ def _disk(entry: Entry, to: str | None) -> tuple[Path, int]:
     place = (_place(entry, to) or Path(HF_HUB_CACHE)).absolute()
     there = next(folder for folder in (place, *place.parents) if folder.is_dir())
     return there, os.stat(there).st_dev
+
+
+def _there(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 def _size_of(folder: Path) -> int:
