@@ -1,9 +1,11 @@
 """The index: no damage gets past it, nothing in it costs an object a sample, and what is trusted was proved."""
 
+import gc
 import io
 import json
 import os
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -200,8 +202,19 @@ def test_a_million_samples_open_without_an_object_a_sample(tmp_path: Path) -> No
         tar.touch()
         os.truncate(tar, 2 * samples * 1024)
         replace(many, bytes=2 * samples * 1024, mtime_ns=tar.stat().st_mtime_ns, name=tar.name).save(sidecar(tar))
+    gc.collect()
+    before = len(gc.get_objects())
+    tracemalloc.start()
     source = ShardSource(tmp_path / "all/train")  # how long that takes: experiments/benchmarks/index.py
+    held, blocks = (
+        tracemalloc.get_traced_memory()[0],
+        sum(one.count for one in tracemalloc.take_snapshot().statistics("filename")),
+    )
+    tracemalloc.stop()
     assert len(source) == 1_000_000
+    assert len(gc.get_objects()) - before < 10_000
+    assert blocks < 50_000, "arrays, and some objects for each of fifty shards"
+    assert held < 300e6
     assert source.key(999_999) == "train/shard-000049.tar:000019999"
     assert source.key(20_000) == "train/shard-000001.tar:000000000"
 

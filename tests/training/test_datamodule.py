@@ -146,15 +146,34 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(tmp_path, worke
 class Dropout(lightning.Callback):
     """Dropout in every layer, and the losses to the last bit."""
 
-    def __init__(self):
-        self.losses = []
+    def __init__(self, share=0.3):
+        self.losses, self.share = [], share
 
     def on_fit_start(self, trainer, pl_module):
         for layer in pl_module.network.language_model.get_decoder().layers:
-            layer.self_attn.attention_dropout = 0.3
+            layer.self_attn.attention_dropout = self.share
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(outputs["loss"].item().hex())
+
+
+def test_a_rerun_has_the_same_samples_losses_and_weights_to_the_last_bit_with_dropout_on(tmp_path):
+    runs = {}
+    for name, share, values in (
+        ("one", 0.3, {}),
+        ("again", 0.3, {"workers": 1}),
+        ("plain", 0.0, {}),
+        ("else", 0.3, {"seed": 1}),
+    ):
+        torch.manual_seed(len(runs))  # whatever has drawn numbers before
+        keys, losses = Keys(), Dropout(share)
+        module, _ = fit(tmp_path / name, keys, losses, datamodule=data(**values))
+        runs[name] = keys.seen, losses.losses, [p.detach().clone() for p in module.network.parameters()]
+    one, again, plain, other = runs.values()
+    assert one[:2] == again[:2]
+    assert all(torch.equal(a, b) for a, b in zip(one[2], again[2], strict=True))
+    assert (one[0] == plain[0], one[1] == plain[1]) == (True, False), "dropout is on"
+    assert one[0] != other[0]
 
 
 def test_stopped_after_any_step_it_goes_on_as_if_it_had_not_been(tmp_path):
@@ -267,9 +286,10 @@ def test_a_trainer_that_accumulates_otherwise_is_refused(tmp_path):
         fit(tmp_path, steps=2, accumulate_grad_batches=2)
 
 
-def test_a_checkpoint_of_another_version_is_refused():
-    state = data().state_dict() | {"version": 1}
-    with pytest.raises(ValueError, match=r"version 1, this program reads 2.*init_from"):
+@pytest.mark.parametrize("version", [1, 3, None])
+def test_a_checkpoint_of_another_version_is_refused(version):
+    state = data().state_dict() | {"version": version}
+    with pytest.raises(ValueError, match=rf"version {version}, this program reads 2.*init_from"):
         data().load_state_dict(state)
 
 

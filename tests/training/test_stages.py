@@ -114,3 +114,31 @@ def test_a_step_of_text_alone_decays_the_vision_path_and_moves_it_no_further(pla
         seen += 1
     assert seen > 20
     assert not torch.equal(before["language_model.lm_head.weight"], after["language_model.lm_head.weight"])
+
+
+def test_a_step_of_text_alone_after_one_with_images_goes_on_with_what_was_learned_of_them() -> None:
+    """AdamW's moments are not zero then: they decay and move the vision path, as a gradient of zero says."""
+    stage, model = stage_of(SCRATCH.name), small_model(PLAN)
+    apply_stage(model, stage)
+    optimizer = torch.optim.AdamW(optimizer_groups(model, stage, DECAY))
+    names = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("language_model")]
+    parameters, moved = dict(model.named_parameters()), 0
+    for images in (True, False):
+        kept = {
+            n: (parameters[n].detach().clone(), {k: v.clone() for k, v in optimizer.state[parameters[n]].items()})
+            for n in names
+        }
+        optimizer.zero_grad()
+        model.train()(**batch_of(PLAN, images=images).training_inputs(), use_cache=False).losses.mean().backward()
+        optimizer.step()
+    for name in names:
+        (before, state), after = kept[name], parameters[name]
+        assert not after.grad.any(), name
+        assert optimizer.state[after]["step"] == 2, name
+        (first, second), decay = (0.9, 0.999), DECAY if before.ndim >= 2 else 0.0
+        momentum, size = first * state["exp_avg"], second * state["exp_avg_sq"]
+        torch.testing.assert_close(optimizer.state[after]["exp_avg"], momentum, rtol=1e-6, atol=1e-12)
+        step = RATE * (momentum / (1 - first**2)) / ((size / (1 - second**2)).sqrt() + 1e-8)
+        torch.testing.assert_close(after, before * (1 - RATE * decay) - step, rtol=1e-4, atol=1e-6)
+        moved += bool(step.abs().max() > 1e-3)
+    assert moved > 20
