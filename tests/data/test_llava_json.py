@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from deepstack_pl.batch import Refused
 from deepstack_pl.data.config import DataConfig
 from deepstack_pl.data.config import Source as Kind
 from deepstack_pl.data.llava_json import LlavaJsonSource, hold_out, sharing_groups
@@ -86,6 +87,22 @@ def test_an_unreadable_image_of_llava_json_names_record_and_file(tmp_path: Path)
     assert config.path is not None
     with pytest.raises(ValueError, match=r"my\.json:0, .*a\.png: cannot read this image: found an empty file"):
         LlavaJsonSource(Path(config.path), tmp_path / "images")[0]
+
+
+def test_a_gif_named_jpg_is_the_gif_and_a_page_or_nothing_named_jpg_is_refused_by_name(tmp_path: Path) -> None:
+    names = ("gif.jpg", "page.jpg", "empty.jpg", "cut.jpg")
+    config = write_json(tmp_path, [said("<image>\nWhat?", "a", image=name) for name in names])
+    assert config.path is not None
+    folder = tmp_path / "images"
+    RED.save(folder / "gif.jpg", "GIF")
+    (folder / "page.jpg").write_text("<!DOCTYPE html><html>404</html>")
+    (folder / "empty.jpg").touch()
+    (folder / "cut.jpg").write_bytes((folder / "sub/b.jpg").read_bytes()[:-30])
+    source = LlavaJsonSource(Path(config.path), folder)
+    assert source[0].images[0].convert("RGB").tobytes() == RED.tobytes()
+    for place, name in enumerate(names[1:], 1):
+        with pytest.raises(Refused, match=rf"my\.json:{place}.*{name}"):
+            source[place]
 
 
 def test_what_is_missing_is_named_with_the_remedy(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import unicodedata
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -102,8 +103,9 @@ class TestPublishedPrompts:
         tokenizer = load_tokenizer(str(GOLDEN / case["tokenizer"]))
         encoded = encode(golden_turns(case), TEMPLATES[case["template"]], tokenizer)
         image = image_token_id(tokenizer)
-        assert [-200 if token == image else token for token in encoded.input_ids] == case["input_ids"]
-        assert encoded.labels == case["labels"]
+        versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "tokenizers", "sentencepiece"))
+        assert [-200 if token == image else token for token in encoded.input_ids] == case["input_ids"], versions
+        assert encoded.labels == case["labels"], versions
 
     def test_several_images_of_one_turn_all_stay_where_they_were_written(self):
         turns = [user(f"Compare {IMAGE} with {IMAGE}."), assistant("Same.")]

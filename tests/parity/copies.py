@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,14 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def complaints(result: CaseResult) -> str:
-    return "; ".join([result.error, *(f"{row.name}: {row.reason}" for row in result.rows if not row.ok)])
+    return "; ".join([result.error, *(f"{row.name}: {row.reason}" for row in result.rows if not row.ok), versions()])
+
+
+def versions() -> str:
+    """Of what ids, views and logits may change with."""
+    return ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "torchvision", "transformers", "tokenizers", "pillow")
+    )
 
 
 def failed(result: CaseResult) -> list[str]:

@@ -118,7 +118,7 @@ def test_the_stored_pictures_mean_what_their_names_say() -> None:
 
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
-@pytest.mark.parametrize("size", [(640, 480), (17, 33), (1, 1), (1, 500), (333, 7)], ids=str)
+@pytest.mark.parametrize("size", [(640, 480), (17, 33), (1, 1), (1, 20_000), (333, 7)], ids=str)
 def test_a_jpeg_decodes_to_pillows_pixels_bit_for_bit(
     size: tuple[int, int], subsampling: int, progressive: bool
 ) -> None:
@@ -170,6 +170,17 @@ def test_a_jpeg_with_bytes_too_many_is_whole_and_decodes_as_pillow_does() -> Non
 def test_names_lie_and_bytes_do_not() -> None:
     found = {file.name: sniff(file.read_bytes()) for file in PICTURES.iterdir()}
     assert found == {name: name.rsplit(".", 1)[1] for name in found}
+    animated = decode_image(written("animated.gif"), "k").tobytes()
+    assert decode_image(written("animated.gif"), "photo.jpg").tobytes() == animated
+    with pytest.raises(Refused, match=r"^photo\.jpg: cannot read this image: found a web page instead of a picture"):
+        decode_image(b"<!DOCTYPE html><html>404</html>", "photo.jpg")
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1)], ids=str)
+def test_a_sliver_of_20000_pixels_is_decoded_whole(size: tuple[int, int]) -> None:
+    file = BytesIO()
+    photo(*size).save(file, "PNG")
+    assert decode_image(file.getvalue(), "k").tobytes() == photo(*size).tobytes()
 
 
 @pytest.mark.parametrize(

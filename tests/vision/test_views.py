@@ -93,4 +93,4 @@ def test_pillows_views_are_those_that_were_stored() -> None:
     for size in STORED:
         pixels = views_of(picture(*size), plan(), VISION)[0].permute(0, 2, 3, 1).contiguous()
         found[size] = sha256(pixels.numpy().tobytes()).hexdigest()[:16]
-    assert found == STORED, f"Pillow {PIL.__version__}, numpy {np.__version__}"
+    assert found == STORED, f"Pillow {PIL.__version__}, numpy {np.__version__}, torch {torch.__version__}"
