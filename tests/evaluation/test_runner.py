@@ -6,6 +6,7 @@ import pytest
 import torch
 from rich.progress import Progress
 from small_run import TOKENIZER, Pages, small_model, small_processor
+from torch import distributed
 
 from deepstack_pl.batch import Role, Turn
 from deepstack_pl.evaluation.config import EvaluationConfig
@@ -44,6 +45,23 @@ def test_predictions_do_not_depend_on_the_batch(taught):
     )
     assert [r.prediction for r in one] == [r.prediction for r in three] == [r.prediction for r in all_at_once]
     assert len({r.prediction for r in one}) > 3
+
+
+def _one_of_two(rank: int, folder: str, model) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = [evaluate(model, small_processor(), Pages(), CONFIG, count) for count in (1, 3, 12)]
+    torch.save([(each.metrics, [r.prediction for r in each.records]) for each in found], f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_two_processes_find_what_one_finds_of_fewer_samples_than_give_each_a_batch(taught, tmp_path):
+    torch.multiprocessing.start_processes(_one_of_two, args=(str(tmp_path), taught), nprocs=2, start_method="fork")
+    alone = [evaluate(taught, small_processor(), Pages(), CONFIG, count) for count in (1, 3, 12)]
+    expected = [(each.metrics, [r.prediction for r in each.records]) for each in alone]
+    assert torch.load(tmp_path / "0.pt", weights_only=False) == expected
+    assert torch.load(tmp_path / "1.pt", weights_only=False) == expected
 
 
 def test_a_taught_model_scores_and_records_agree_with_metrics(taught):

@@ -18,6 +18,7 @@ from deepstack_pl.batch import PadSide
 from deepstack_pl.language.host import decoder_layers
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.stacking.config import ModelConfig, Source
+from deepstack_pl.training.config import Spread
 from deepstack_pl.training.sharding import units
 
 TEXT, ONE, TWO, WIDE = MIXED
@@ -172,7 +173,27 @@ def test_every_batch_calls_the_same_units_in_the_same_order(name: str) -> None:
     assert len(never) == reached, "blocks behind the tapped one, and nothing else"
 
 
+def test_a_run_is_spread_by_copies_and_by_shares_of_weights_and_by_nothing_else() -> None:
+    """Nothing cuts a row, a layer or a stream. Whoever adds what does finds in docs/reliability.md how it breaks."""
+    assert {spread.name for spread in Spread} == {"single", "ddp", "fsdp", "fsdp_hybrid"}
+    strategies = Path(__file__).parents[2] / "conf" / "strategy"
+    assert {file.stem for file in strategies.glob("*.yaml")} == {spread.name for spread in Spread}
+
+
 # Places
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_groups_are_an_axis_of_their_own_as_wide_as_the_text(name: str) -> None:
+    """Elsewhere they stand side by side in one row, which is then as wide as there are levels."""
+    model = tiny_model(PLANS[name])
+    inputs = batch_of(model).model_inputs()
+    visual = {key: inputs[key] for key in ("views", "vit_rows", "sequence_rows", "group_rows")}
+    text, groups = model.encode(**visual)
+    width = model.language_model.get_input_embeddings().embedding_dim
+    slots = int(inputs["token_index"].max()) + 1
+    assert text.shape == (slots, width)
+    assert groups.shape == (len(visual["group_rows"]), slots, width)
 
 
 def test_an_index_of_another_shape_than_the_text_is_refused() -> None:

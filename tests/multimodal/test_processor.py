@@ -101,10 +101,33 @@ def test_positions_are_those_of_the_sample(name: str) -> None:
         assert made.positions(asked.turns, [image.size for image in asked.images]) == len(made.prepare(asked).labels)
 
 
+LONG = "never " * 100_000
+
+
 def test_a_text_of_a_hundred_thousand_tokens_is_refused_with_both_numbers_and_cut_where_that_is_said() -> None:
-    made = processor()
-    with pytest.raises(ValueError, match=r"page 7.*\d{6} positions|page 7.*\d{3},\d{3} positions"):
-        made.prepare(record("<image>" + "never " * 100_000))
+    for asked in (record("<image>" + LONG), record("<image>", LONG)):
+        with pytest.raises(Refused, match=r"page 7': \d{6} positions, 16 of them visual, but llm\.max_length is 256"):
+            processor(too_long=TooLong.refuse).prepare(asked)
+    answered = {
+        mode: processor(too_long=mode).prepare(record("<image>", LONG)) for mode in (TooLong.cut, TooLong.cut_text)
+    }
+    for sample in answered.values():
+        assert len(sample.input_ids) == 256
+        assert sample.cut > 99_000
+        assert (sample.token_index >= 0).sum() == 16
+        assert (sample.labels != IGNORE_INDEX).sum() > 200
+    with pytest.raises(Refused, match=r"page 7': \d{6} positions, and nothing to learn is left.*max_length=256"):
+        processor(too_long=TooLong.cut_text).prepare(record("<image>" + LONG))
+    asked = processor(too_long=TooLong.cut).prepare(record("<image>" + LONG))  # as published: a row without labels
+    assert (len(asked.input_ids), int((asked.labels != IGNORE_INDEX).sum())) == (256, 0)
+
+
+def test_an_image_takes_as_many_positions_whatever_its_size_where_the_sequence_holds_global_views_alone() -> None:
+    for name in ("baseline", "deepstack_l", "deepstack_v"):
+        made, asked = processor(PLANS[name]), record("<image>")
+        for size in ((1, 1), (16, 16), (90, 30), (1, 20_000), (3000, 2000)):
+            sample = made.prepare(replace(asked, images=(picture(0, *size),)))
+            assert (sample.token_index >= 0).sum() == 16, (name, size)
 
 
 def test_a_blank_row_counts_nothing_beside_others_and_alone() -> None:
