@@ -39,6 +39,7 @@ def test_a_named_test_exists_and_is_not_skipped(file: str, name: str) -> None:
     [
         ("DeepStack elsewhere: 41 failure modes", [str(each) for each in range(1, 42)]),
         ("Training at large: 52 faults", [str(each) for each in range(1, 53)]),
+        ("Properties", [f"P{each}" for each in range(1, 5)]),
         ("What users of other frameworks complain about: 15 themes", [f"T{each}" for each in range(1, 16)]),
     ],
 )
