@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import IMAGE_TOKEN, MIXED, PLANS, batch_of, prompts, tiny_llm, tiny_model, tiny_vision
 from torch import Tensor
+from transformers import CompileConfig
 
 from deepstack_pl.batch import PadSide
 from deepstack_pl.multimodal.build import build_model
@@ -138,3 +139,20 @@ def test_text_alone_needs_no_visual_arguments(model: Any) -> None:
     assert torch.equal(ids[:, batch.input_ids.shape[1] :], new_tokens(model, rows, **GREEDY))
     with pytest.raises(ValueError, match="image placeholders, but no views"):
         model.generate(input_ids=batch_of(model, ROWS[1:2]).input_ids, **GREEDY)
+
+
+@pytest.mark.slow  # it compiles
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_decoding_that_transformers_compiles_answers_as_without_on_text_first_and_images_after(chunk) -> None:
+    """With a static cache it does on a GPU, as CUDA graphs; here what it compiles runs as it was traced."""
+    model, traced = tiny_model(PLANS["deepstack_lv"]), []
+    compiled = CompileConfig(backend=lambda graph, _: traced.append(graph) or graph.forward, mode=None, fullgraph=False)
+    compiled._compile_all_devices = True
+    torch._dynamo.reset()
+    for rows in (MIXED[:1], MIXED):
+        inputs = prompts(batch_of(model, rows, PadSide.left))
+        ids = model.generate(
+            **inputs, **GREEDY, cache_implementation="static", compile_config=compiled, prefill_chunk_size=chunk
+        )
+        assert torch.equal(ids, model.generate(**inputs, **GREEDY))
+    assert traced, "nothing was compiled"

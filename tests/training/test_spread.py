@@ -76,6 +76,9 @@ def test_two_processes_learn_what_one_learns(how: dict[str, Any], together: Path
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert one["losses"][-1] != pytest.approx(one["losses"][0], abs=1e-3), "nothing was learned: nothing is shown"
     assert differ(one["gradients"], two["gradients"]) < 1e-5
+    if key_of(how) == key_of({}):
+        norm = sum(float(gradient.square().sum()) for gradient in two["gradients"].values()) ** 0.5
+        assert norm == pytest.approx(1.0, abs=1e-4), "clipped by the norm of all shares"
     assert differ(one["weights"], two["weights"]) < 1e-5
     assert one["flops"] == two["flops"], "work is counted by whole matrices"
 
