@@ -3,9 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "benchmarks"
@@ -44,6 +48,34 @@ def test_a_benchmark_runs_and_writes_its_table_and_every_time(script: str, tmp_p
         assert "Both give one loss" in said
     if script == "context":
         assert (tmp_path / "context_for_resolution.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("tiles", [0, 2, 4, 9])
+def test_an_image_of_the_benchmarks_fills_the_plans_largest_grid(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scale curve over tiles would else be flat from four on."""
+    monkeypatch.syspath_prepend(FOLDER)
+    sizes = import_module("sizes")
+    plan = replace(sizes.STACKED, tiles=tiles, groups=tiles) if tiles else sizes.BASELINE
+    llm, vision = sizes.llm_of(width=32, layers=12, heads=2, vocabulary=64), sizes.vision_of(patches=3, width=16)
+    model = sizes.model_of(plan, llm, vision)
+    assert [len(sizes.sample_of(model, 0, text=8, images=n).views) for n in (1, 2)] == [1 + tiles, 2 * (1 + tiles)]
+
+
+def test_every_batch_grouped_by_length_is_full_and_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rest would put short and long together, and grouping would look slower than it is."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the benchmark sets it, for good
+    monkeypatch.syspath_prepend(FOLDER)
+    bench = import_module("published_way")
+    picture = Image.new("RGB", (8, 8))
+
+    def drawn(count: int) -> list[Any]:
+        return [bench.Raw(f"{n}", [1] * (n % 7 + 1), [1], None if n % 5 == 4 else picture) for n in range(count)]
+
+    batches = bench.grouped(drawn(bench.SAMPLES))
+    assert {len(batch) for batch in batches} == {bench.BATCH}
+    assert all(len({sample.image is None for sample in batch}) == 1 for batch in batches)
+    with pytest.raises(SystemExit, match="leave a rest in batches of 12"):
+        bench.grouped(drawn(2 * bench.BATCH))
 
 
 _WITHOUT = """
