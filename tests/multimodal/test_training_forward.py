@@ -17,6 +17,7 @@ from llms import twin
 from test_hosts import FAMILIES, LAYERS, host
 from tiny import IMAGE_TOKEN, MIXED, PLANS, picture, samples, tiny_llm, tiny_model, tiny_vision
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch, PadSide, Sample, collate
 from deepstack_pl.language import loss, varlen
@@ -338,6 +339,56 @@ class TestTorchsKernel:
                 varlen._kernel(*flat, at, 5, 0.7, window)
             return
         torch.testing.assert_close(varlen._kernel(*flat, at, 5, 0.7, window), expected, atol=1e-5, rtol=1e-5)
+
+
+    @pytest.mark.parametrize(
+        ("heads", "window"), [(4, None), (2, None), (4, 3)], ids=["plain", "shared heads", "sliding window"]
+    )
+    def test_the_operator_itself_takes_what_it_is_given_forward_and_backward(
+        self, heads: int, window: int | None
+    ) -> None:
+        """Without a GPU by its shapes alone: its signature, and that of its gradient, are real."""
+        if window and "window_size" not in varlen._TAKES:
+            pytest.skip("torch's kernel slides from 2.11 on")
+        with FakeTensorMode():
+            states = [torch.randn(11, each, 16, dtype=torch.bfloat16, requires_grad=True) for each in (4, heads, heads)]
+            at = torch.empty(4, dtype=torch.int32)
+            found = varlen._kernel(*states, at, 5, 0.7, window)
+            assert (found.shape, found.dtype) == (states[0].shape, torch.bfloat16)
+            found.sum().backward()
+        for given in states:
+            assert given.grad is not None
+            assert given.grad.shape == given.shape
+
+    @pytest.mark.parametrize("name", ["qwen3_0_6b", "phi3"], ids=["shared heads", "sliding window"])
+    def test_where_there_is_a_kernel_a_model_gives_it_all_its_samples(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The branch of a GPU in half precision, with a stand-in for the kernel alone."""
+        calls = []
+
+        def kernel(q: Tensor, k: Tensor, v: Tensor, at: Tensor, longest: int, scale: Any, window: Any) -> Tensor:
+            calls.append(longest)
+            rows = [states.transpose(0, 1)[None] for states in (q, k, v)]
+            return varlen._each(rows[0], rows[1], rows[2], at, scale, window)[0]
+
+        model = host(name, attention=Attention.varlen)
+        batch = together(model, [learning_the_end(samples(model))])
+        expected = model(**batch.training_inputs(), use_cache=False).losses
+        grads = gradients(model, expected.sum())
+        monkeypatch.setattr(varlen, "_has_kernel", lambda query: True)
+        monkeypatch.setattr(varlen, "_kernel", kernel)
+        losses = model(**batch.training_inputs(), use_cache=False).losses
+        torch.testing.assert_close(losses, expected)
+        same(gradients(model, losses.sum()), grads)
+        assert calls == [batch.longest] * LAYERS
+
+    def test_the_kernel_is_for_half_precision_on_a_gpu(self) -> None:
+        half = torch.empty(1, dtype=torch.bfloat16)
+        assert not varlen._has_kernel(half)
+        with FakeTensorMode():
+            assert varlen._has_kernel(torch.empty(1, dtype=torch.bfloat16, device="cuda"))
+            assert not varlen._has_kernel(torch.empty(1, device="cuda"))
 
 
 def attended(
