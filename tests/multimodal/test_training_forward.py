@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch, PadSide, Sample, collate
 from deepstack_pl.language import loss, varlen
 from deepstack_pl.language.config import Attention, Loss
-from deepstack_pl.language.loss import logits_of
+from deepstack_pl.language.loss import logits_of, losses_after
 from deepstack_pl.multimodal.build import build_model
 from deepstack_pl.multimodal.config import ProjectorConfig
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
@@ -208,6 +208,7 @@ def test_chunks_of_any_size_give_the_loss_and_the_gradients_of_all_logits(
     plain = F.cross_entropy(whole.logits[:, :-1][learned], batch.labels[:, 1:][learned], reduction="sum")
     expected = gradients(model, plain)
     monkeypatch.setattr(loss, "AT_ONCE", at_once)
+    monkeypatch.setattr(loss, "LEAST", 1)
     losses = model(**batch.training_inputs(), use_cache=False).losses
     torch.testing.assert_close(losses.sum(), plain, atol=1e-5, rtol=1e-6)
     same(gradients(model, losses.sum()), expected)
@@ -217,6 +218,7 @@ def test_no_more_logits_are_made_at_once_than_are_allowed(monkeypatch: pytest.Mo
     model, sizes = build(), []
     batch = together(model, learning_the_end(samples(model)))
     monkeypatch.setattr(loss, "AT_ONCE", 64 * 5)
+    monkeypatch.setattr(loss, "LEAST", 1)
     model.get_output_embeddings().register_forward_hook(lambda *args: sizes.append(args[2].numel()))
     model(**batch.training_inputs(), use_cache=False).losses.sum().backward()
     assert max(sizes) == 64 * 5
@@ -243,6 +245,31 @@ def test_in_bfloat16_a_loss_is_computed_in_float32_from_the_logits_there_are() -
     logits = model(**batch.model_inputs(), use_cache=False).logits.flatten(0, 1)[batch.learned_at]
     assert losses.dtype is torch.float32
     torch.testing.assert_close(losses, F.cross_entropy(logits.float(), batch.targets, reduction="none"))
+
+
+def test_in_bfloat16_chunks_are_few_and_gradients_near_those_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large vocabulary too: a chunk's part of the head's gradient is rounded to bfloat16, and so is every sum."""
+    monkeypatch.setattr(loss, "AT_ONCE", 64)  # what a vocabulary of 2**24 would leave: a token
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6000, 32, generator=draw).to(torch.bfloat16)
+    targets = torch.randint(0, 64, (6000,), generator=draw)
+
+    def learned(dtype: torch.dtype) -> tuple[list[Tensor], int]:
+        llm = build().language_model
+        for parameter in llm.parameters():  # the same values, of which float32 holds all
+            parameter.data = parameter.to(torch.bfloat16).to(dtype)
+        chunks = []
+        llm.get_output_embeddings().register_forward_hook(lambda *args: chunks.append(args[2].shape[-2]))
+        given = hidden.clone().to(dtype).requires_grad_()
+        losses_after(llm, given, targets).mean().backward()
+        head = llm.get_output_embeddings().weight.grad
+        assert given.grad is not None
+        return [head.float(), given.grad.float()], len(chunks) // 2
+
+    (found, times), (expected, _) = learned(torch.bfloat16), learned(torch.float32)
+    assert times == 6
+    for mine, exact in zip(found, expected, strict=True):
+        assert float((mine - exact).norm() / exact.norm()) < 0.006
 
 
 def test_training_arguments_come_together() -> None:
