@@ -61,7 +61,7 @@ def test_positions_that_follow_from_a_rows_longest_sample_are_refused_in_shared_
 def test_attention_dropout_that_the_kernel_does_not_know_is_refused_before_the_first_step() -> None:
     dropout = "+llm.architecture.attention_dropout=0.1"
     checks.check(run_of(dropout))
-    with pytest.raises(ValueError, match="attention_dropout=0.1 with llm.attention=varlen"):
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1 with llm.attention=varlen"):
         checks.check(run_of(dropout, "llm.attention=varlen"))
 
 

@@ -367,7 +367,6 @@ class TestTorchsKernel:
             return
         torch.testing.assert_close(varlen._kernel(*flat, at, 5, 0.7, window), expected, atol=1e-5, rtol=1e-5)
 
-
     @pytest.mark.parametrize(
         ("heads", "window"), [(4, None), (2, None), (4, 3)], ids=["plain", "shared heads", "sliding window"]
     )

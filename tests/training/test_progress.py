@@ -121,8 +121,8 @@ def test_every_number_of_a_window_is_of_the_batches_in_it(tmp_path):
 
 def test_of_two_unequal_processes_there_is_the_sum_the_mean_the_least_and_the_most(monkeypatch):
     """One makes two steps in 2 s, the other in 4 s, of which it waits for one: a step is over when both are."""
-    one = {"tokens": 100, "supervised": 40, "samples": 4, "positions": 200, "flops": 1e12, "seconds": 2.0, "waited": 0}
-    other = {"tokens": 300, "supervised": 60, "samples": 8, "positions": 400, "flops": 3e12, "seconds": 3.0, "waited": 1}
+    one = {"tokens": 100, "supervised": 40, "samples": 4, "positions": 200, "flops": 1e12, "seconds": 2, "waited": 0}
+    other = {"tokens": 300, "supervised": 60, "samples": 8, "positions": 400, "flops": 3e12, "seconds": 3, "waited": 1}
     monkeypatch.setattr(throughput, "peak_of", lambda device, half: 1e12)
     monkeypatch.setattr(throughput, "from_all", lambda mine: [mine, other])
     monkeypatch.setattr(throughput, "several", lambda: True)

@@ -160,10 +160,10 @@ def _check_positions(run: RunConfig) -> None:
         trained = trained or config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
         if kind in ("longrope", "dynamic") and trained and run.llm.max_length > trained:
             raise ValueError(
-                f"llm.max_length={run.llm.max_length} with rope_type={kind}, data.batching={run.data.batching.name} and "
-                f"llm.attention={run.llm.attention.name}: a sample of more than {trained} positions would change the "
-                "positions of every other one in its row. "
-                f"Set llm.max_length={trained} or less, or say data.batching=samples llm.attention=sdpa."
+                f"llm.max_length={run.llm.max_length} with rope_type={kind}, data.batching={run.data.batching.name} "
+                f"and llm.attention={run.llm.attention.name}: a sample of more than {trained} positions would change "
+                f"the positions of every other one in its row. Set llm.max_length={trained} or less, or say "
+                "data.batching=samples llm.attention=sdpa."
             )
 
 

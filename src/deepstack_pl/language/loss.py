@@ -18,7 +18,7 @@ from deepstack_pl.batch import IGNORE_INDEX
 from deepstack_pl.language.config import Loss
 
 AT_ONCE = 2**24  # logits that are held together: 64 MiB in float32
-# Tokens that are at least: the head's gradient is summed over chunks in its own dtype, and in bfloat16 every sum rounds.
+# Tokens that are at least: the head's gradient is summed over chunks in its own dtype, where bfloat16 rounds each sum.
 LEAST = 1024
 
 
@@ -32,7 +32,8 @@ def token_losses(
     """The cross entropy of ``targets`` after the positions ``learned_at``, counted row after row, in float32; 0 where a
     target is -100.
 
-    ``inputs`` are those of ``llm``. Of more logits than `AT_ONCE`, and more tokens than `LEAST`, some are made at a time, and anew in the backward.
+    ``inputs`` are those of ``llm``. Of more logits than `AT_ONCE`, and more tokens than `LEAST`, some are made at a
+    time, and anew in the backward.
     """
     if kind is Loss.full:
         return _cross_entropy(llm(**inputs).logits.flatten(0, 1)[learned_at], targets)

@@ -2,8 +2,9 @@
 
 Matrix products alone, two operations for each multiplication and addition, and one for each number that an injection
 adds. Counted are every view that the tower runs, every projector's tokens, the real positions of every sample in the
-LLM, the head at learned tokens, of a mixture's experts as many as a token is sent to. Not counted: padding, activations that are computed again, norms, softmax, the
-optimiser. So padding and recomputing lower the utilisation, as they should.
+LLM, the head at learned tokens, of a mixture's experts as many as a token is sent to. Not counted: padding,
+activations that are computed again, norms, softmax, the optimiser. So padding and recomputing lower the utilisation, as
+they should.
 
 Attention is over ``n (n + 1) / 2`` pairs in a causal segment of ``n`` positions, over a window's where it slides, and
 over all pairs of a view's tokens in the tower. A backward pass takes each product once for the gradient of a matrix
