@@ -267,7 +267,8 @@ def collate(
         views=torch.cat(views),
         token_index=pad(parts["token_index"], -1),
         sequence_rows=torch.cat(parts["sequence_rows"]),
-        **rows_of,
+        group_rows=rows_of["group_rows"],
+        vit_rows=rows_of["vit_rows"],
         keys=[s.key for s in samples],
         sources=[s.source for s in samples],
         cuts=[s.cut for s in samples],
@@ -278,7 +279,7 @@ def collate(
         longest=int(boundaries.diff().max()),
         learned_at=learned_at,
         targets=next_label[learned_at],
-        filled={name: (own != -1).sum(1).tolist() for name, own in rows_of.items()},
+        filled={name: [int(n) for n in (own != -1).sum(1)] for name, own in rows_of.items()},
     )
 
 
