@@ -267,9 +267,10 @@ def test_in_bfloat16_chunks_are_few_and_gradients_near_those_in_float32(monkeypa
         return [head.float(), given.grad.float()], len(chunks) // 2
 
     (found, times), (expected, _) = learned(torch.bfloat16), learned(torch.float32)
-    assert times == 6
+    assert times == 12
     for mine, exact in zip(found, expected, strict=True):
-        assert float((mine - exact).norm() / exact.norm()) < 0.006
+        off = float((mine - exact).norm() / exact.norm())
+        assert off < 0.006, off
 
 
 def test_training_arguments_come_together() -> None:

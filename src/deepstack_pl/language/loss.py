@@ -19,7 +19,7 @@ from deepstack_pl.language.config import Loss
 
 AT_ONCE = 2**24  # logits that are held together: 64 MiB in float32
 # Tokens that are at least: the head's gradient is summed over chunks in its own dtype, where bfloat16 rounds each sum.
-LEAST = 1024
+LEAST = 512  # a vocabulary of 32,000 has as many anyway
 
 
 def token_losses(
