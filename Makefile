@@ -71,8 +71,9 @@ bench: install  ## speed on the CPU, in under ten minutes; writes the tables of 
 		$(BIN)/python experiments/benchmarks/$$bench.py || exit 1; echo; \
 	done
 
-bench-gpu: install  ## training steps of real size on one GPU, in at most ten minutes; writes gpu.md there
-	$(BIN)/python experiments/benchmarks/gpu.py
+# Installs nothing: a machine with a GPU has a torch of its own, for its driver, and often no network.
+bench-gpu:  ## training steps of real size on one GPU, in at most ten minutes; writes gpu.md there
+	$(or $(wildcard $(BIN)/python),$(PYTHON),python3) experiments/benchmarks/gpu.py
 
 clean:  ## remove caches and build leftovers; data, outputs and .venv stay
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info

@@ -3,9 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "benchmarks"
@@ -46,10 +50,38 @@ def test_a_benchmark_runs_and_writes_its_table_and_every_time(script: str, tmp_p
         assert (tmp_path / "context_for_resolution.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("tiles", [0, 2, 4, 9])
+def test_an_image_of_the_benchmarks_fills_the_plans_largest_grid(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scale curve over tiles would else be flat from four on."""
+    monkeypatch.syspath_prepend(FOLDER)
+    sizes = import_module("sizes")
+    plan = replace(sizes.STACKED, tiles=tiles, groups=tiles) if tiles else sizes.BASELINE
+    llm, vision = sizes.llm_of(width=32, layers=12, heads=2, vocabulary=64), sizes.vision_of(patches=3, width=16)
+    model = sizes.model_of(plan, llm, vision)
+    assert [len(sizes.sample_of(model, 0, text=8, images=n).views) for n in (1, 2)] == [1 + tiles, 2 * (1 + tiles)]
+
+
+def test_every_batch_grouped_by_length_is_full_and_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rest would put short and long together, and grouping would look slower than it is."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the benchmark sets it, for good
+    monkeypatch.syspath_prepend(FOLDER)
+    bench = import_module("published_way")
+    picture = Image.new("RGB", (8, 8))
+
+    def drawn(count: int) -> list[Any]:
+        return [bench.Raw(f"{n}", [1] * (n % 7 + 1), [1], None if n % 5 == 4 else picture) for n in range(count)]
+
+    batches = bench.grouped(drawn(bench.SAMPLES))
+    assert {len(batch) for batch in batches} == {bench.BATCH}
+    assert all(len({sample.image is None for sample in batch}) == 1 for batch in batches)
+    with pytest.raises(SystemExit, match="leave a rest in batches of 12"):
+        bench.grouped(drawn(2 * bench.BATCH))
+
+
 _WITHOUT = """
 import importlib.util, runpy, sys
 
-GONE, own = {"open_clip", "timm", "peft"}, importlib.util.find_spec
+GONE, own = set(sys.argv.pop(1).split(",")), importlib.util.find_spec
 
 
 class Gone:
@@ -65,15 +97,48 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+# What pyproject.toml asks for and a machine with torch and transformers may lack.
+ABSENT = "open_clip,timm,peft,jaxtyping,lightning,hydra,omegaconf,tensorboard,torchmetrics,simplejpeg,rich,matplotlib"
+
+
+def gpu_without(libraries: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", _WITHOUT, libraries, str(FOLDER / "gpu.py"), "--smoke", "--out", str(folder)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+
+
+@pytest.mark.parametrize("library", ["transformers", "einops"])
+def test_what_the_gpu_bench_cannot_do_without_is_said_in_one_sentence(library: str, tmp_path: Path) -> None:
+    done = gpu_without(library, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"No figures without {library}: install that beside torch, and start again."
+
+
+def test_the_gpu_bench_installs_nothing() -> None:
+    said = subprocess.run(["make", "-n", "bench-gpu"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.strip().endswith("python experiments/benchmarks/gpu.py")
+    assert "pip" not in said
+
+
+def test_the_gpu_bench_begins_no_case_that_may_not_end_in_time_and_writes_after_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    gpu = import_module("gpu")
+    assert gpu.may_begin(30.0, [0.0, 20.0, 4.0])
+    assert not gpu.may_begin(29.0, [0.0, 20.0, 4.0])
+    for count in (1, 2):
+        gpu.written(tmp_path, "a card", ["| row |"] * count, [{}] * count)
+        assert (tmp_path / "gpu.md").read_text().count("| row |") == count
+
+
 @pytest.mark.slow
 def test_the_gpu_bench_runs_where_towers_and_adapters_are_not_installed(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", _WITHOUT, str(FOLDER / "gpu.py"), "--smoke", "--out", str(tmp_path)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+    done = gpu_without(ABSENT, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = table_rows((tmp_path / "gpu.md").read_text())
     assert len(rows) == 5
     assert all(float(row[6].replace(",", "")) > 0 for row in rows), "every case trained"
-    assert "not installed: open_clip, timm, peft" in done.stdout
+    assert "not installed: open_clip, timm, peft, jaxtyping" in done.stdout
     assert "no figures" in done.stdout
 
 

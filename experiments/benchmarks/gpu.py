@@ -3,10 +3,11 @@
 Phi-3-mini's and Vicuna-7B's shapes with CLIP ViT-L/14 at 336 pixels, DeepStack-L, drawn at random on the device; bf16
 weights, gradients and AdamW's states (`trainer.precision=bf16-true`). Samples like LLaVA-665K's at full size: 576
 positions an image, five views each, a fifth text alone, packed into rows of 2,048. The same LLM on text alone, in the
-same run, is the ceiling. Needs torch 2.10 or newer with CUDA and transformers; no weights, no hub, no open_clip. A
-compiler is used if there is one.
+same run, is the ceiling. Needs torch 2.10 or newer with CUDA, transformers and einops; no weights, no hub, no
+open_clip, nothing installed. A compiler is used if there is one. The table is written anew after every case, and no
+case is begun that might not end in time.
 
-    make bench-gpu          (python experiments/benchmarks/gpu.py: at most ten minutes)
+    make bench-gpu          (python experiments/benchmarks/gpu.py: in ten minutes)
     python experiments/benchmarks/gpu.py --smoke            tiny, on whatever is there: whether it runs
 
 The least that a run of ours should reach on an H200: 45 % of 989 TFLOP/s in finetune of the Phi-3-sized model.
@@ -25,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,14 @@ sys.path.insert(0, str(HERE.parents[1] / "src"))
 
 
 class _Missing(types.ModuleType):
-    """A part of a library that is not installed here and that nothing below calls; its classes have no instances."""
+    """A part of a library that is not installed here and that nothing below calls; its classes have no instances, and
+    may stand in annotations with a shape (jaxtyping's).
+    """
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {})
+        return type(name, (), {"__class_getitem__": classmethod(lambda cls, shape: cls)})
 
 
 class _StandIns(MetaPathFinder, Loader):
@@ -62,7 +66,20 @@ class _StandIns(MetaPathFinder, Loader):
         """There is nothing to run."""
 
 
-MISSING = [library for library in ("open_clip", "timm", "peft") if importlib.util.find_spec(library) is None]
+def needs() -> list[str]:
+    """What this cannot do without and does not find."""
+    found = {name: importlib.util.find_spec(name) is not None for name in ("transformers", "einops")}
+    lacking = [name for name, there in found.items() if not there]
+    if found["transformers"] and int(version("transformers").partition(".")[0]) < 5:
+        lacking.append(f"transformers 5.16 or newer (this is {version('transformers')})")
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        lacking.append(f"torch 2.10 or newer (this is {torch.__version__})")
+    return lacking
+
+
+if lacking := needs():
+    raise SystemExit(f"No figures without {', '.join(lacking)}: install that beside torch, and start again.")
+MISSING = [name for name in ("open_clip", "timm", "peft", "jaxtyping") if importlib.util.find_spec(name) is None]
 sys.meta_path.insert(0, _StandIns(MISSING))
 
 # Below the stand-ins: these import what may be missing.
@@ -306,7 +323,7 @@ HEAD = "| " + " | ".join(_COLUMNS) + " |\n" + "|---" * len(_COLUMNS) + "|"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=6, metavar="N", help="measured steps of each case, after three")
-    parser.add_argument("--minutes", type=float, default=9.5, help="no case is begun later")
+    parser.add_argument("--minutes", type=float, default=8.5, help="no case is begun that may end later")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on whatever is there; no figures")
     parser.add_argument("--out", type=Path, default=HERE, metavar="FOLDER", help="where gpu.md and gpu.json go")
     args = parser.parse_args()
@@ -314,28 +331,42 @@ def main() -> None:
         raise SystemExit("No GPU here: this measures one. --smoke tries the code on the CPU.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    began, lines, raw = time.perf_counter(), [], []
+    end, lines, raw, took = time.perf_counter() + 60 * args.minutes, [], [], [0.0]
+    text, about = "", f"{name}; {where()}{'; --smoke: tiny sizes, no figures' if args.smoke else ''}"
     for case in CASES[:3] + CASES[5:7] if args.smoke else CASES:
-        if (time.perf_counter() - began) / 60 > args.minutes:
-            found = {"error": f"not begun: {args.minutes:g} minutes were over"}
-        else:
+        start = time.perf_counter()
+        if may_begin(end - start, took):
             found = tried(case, device, 1 if args.smoke else args.steps, args.smoke)
+            took.append(time.perf_counter() - start)
+        else:
+            found = {"error": f"not begun: it might not have ended within {args.minutes:g} minutes"}
         lines.append(row(case, found))
         raw.append({"case": str(case), **found})
         print(lines[-1], flush=True)
-    import transformers
-
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    about = (
-        f"{name}; torch {torch.__version__}, transformers {transformers.__version__}; after commit "
-        f"{git.stdout.strip() or 'none'}{'; not installed: ' + ', '.join(MISSING) if MISSING else ''}"
-        f"{'; --smoke: tiny sizes, no figures' if args.smoke else ''}"
-    )
-    text = "\n\n".join(["# Training steps on one GPU", about, "\n".join([HEAD, *lines]), "Command: `make bench-gpu`."])
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "gpu.md").write_text(text + "\n")
-    (args.out / "gpu.json").write_text(json.dumps(raw) + "\n")
+        text = written(args.out, about, lines, raw)
     print("\n" + text)
+
+
+def may_begin(left: float, took: list[float]) -> bool:
+    """Whether a case fits into the seconds that are left: half as long again as the longest so far."""
+    return left >= 1.5 * max(took)
+
+
+def where() -> str:
+    """Packages and commit."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    gone = f"; not installed: {', '.join(MISSING)}" if MISSING else ""
+    versions = f"torch {torch.__version__}, transformers {version('transformers')}"
+    return f"{versions}; after commit {git.stdout.strip() or 'none'}{gone}"
+
+
+def written(folder: Path, about: str, lines: list[str], raw: list[dict[str, Any]]) -> str:
+    """The table so far: what comes next may be killed."""
+    text = "\n\n".join(["# Training steps on one GPU", about, "\n".join([HEAD, *lines]), "Command: `make bench-gpu`."])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu.md").write_text(text + "\n")
+    (folder / "gpu.json").write_text(json.dumps(raw) + "\n")
+    return text
 
 
 if __name__ == "__main__":

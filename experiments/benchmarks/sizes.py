@@ -12,6 +12,7 @@ from deepstack_pl.multimodal.expand import make_sample
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
 from deepstack_pl.stacking.config import ModelConfig, Sequence
 from deepstack_pl.vision.config import VisionConfig
+from deepstack_pl.vision.views import full_grid_size
 
 BASELINE = ModelConfig(name="baseline", tiles=0, groups=0)
 STACKED = ModelConfig(name="deepstack_l", start_layer=1)
@@ -54,10 +55,10 @@ def _image_token(llm: LLMConfig) -> int:
     return int(llm.architecture["vocab_size"])  # beyond the embedding: it is never looked up
 
 
-def picture(seed: int, pixels: int) -> Image.Image:
-    """A square page with detail at every scale."""
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    """A page with detail at every scale."""
     rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (pixels, pixels, 3), dtype=np.uint8))
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def sample_of(
@@ -68,16 +69,19 @@ def sample_of(
     words = rng.integers(3, model.config.text_config.vocab_size, text).tolist()
     ids = [model.config.image_token_id] * images + words
     asked = images + int(question * text)
-    return make_sample(
+    size = full_grid_size(model.plan, vision)  # smaller ones would be cut into fewer tiles
+    sample = make_sample(
         f"sample {seed}",
         ids,
         [-100] * asked + ids[asked:],
-        [picture(seed + place, 2 * vision.image_size) for place in range(images)],
+        [picture(seed + place, *size) for place in range(images)],
         plan=model.plan,
         vision=vision,
         image_token_id=model.config.image_token_id,
         max_length=2**31,
     )
+    assert len(sample.views) == images * (1 + model.plan.tiles), "a grid that is not full"
+    return sample
 
 
 def batch_of(model: DeepStackForConditionalGeneration, rows: list[Sample] | list[list[Sample]]) -> MultimodalBatch:

@@ -131,6 +131,7 @@ class MultimodalBatch:
         longest: positions of the longest segment.
         learned_at: positions, row after row, whose next token is learned; where none is, the last one.
         targets: what is learned there; -100 where nothing is.
+        filled: for each group of ``group_rows`` and ``vit_rows`` how many of its entries are something.
     """
 
     input_ids: Int[Tensor, "b t"]
@@ -152,6 +153,7 @@ class MultimodalBatch:
     longest: int
     learned_at: Int[Tensor, " l"]
     targets: Int[Tensor, " l"]
+    filled: dict[str, list[int]]
 
     def to(self, device: torch.device | str) -> "MultimodalBatch":
         """The same batch on ``device``."""
@@ -189,7 +191,7 @@ class MultimodalBatch:
         return given | {"longest": self.longest}
 
 
-_HOST = ("keys", "sources", "cuts", "refused", "lengths", "longest")
+_HOST = ("keys", "sources", "cuts", "refused", "lengths", "longest", "filled")
 _SEGMENTS = ("segment_ids", "boundaries", "learned_at", "targets")
 
 
@@ -256,6 +258,7 @@ def collate(
     learned_at = (next_label != IGNORE_INDEX).nonzero().squeeze(1)
     if not len(learned_at):  # nothing to learn: a position whose loss is zero
         learned_at = torch.tensor([next_label.numel() - 1])
+    rows_of = {name: torch.cat(parts[name], dim=1) for name in ("group_rows", "vit_rows")}
     return MultimodalBatch(
         input_ids=pad([s.input_ids for s in samples], pad_id),
         labels=labels,
@@ -264,8 +267,8 @@ def collate(
         views=torch.cat(views),
         token_index=pad(parts["token_index"], -1),
         sequence_rows=torch.cat(parts["sequence_rows"]),
-        group_rows=torch.cat(parts["group_rows"], dim=1),
-        vit_rows=torch.cat(parts["vit_rows"], dim=1),
+        group_rows=rows_of["group_rows"],
+        vit_rows=rows_of["vit_rows"],
         keys=[s.key for s in samples],
         sources=[s.source for s in samples],
         cuts=[s.cut for s in samples],
@@ -276,6 +279,7 @@ def collate(
         longest=int(boundaries.diff().max()),
         learned_at=learned_at,
         targets=next_label[learned_at],
+        filled={name: [int(n) for n in (own != -1).sum(1)] for name, own in rows_of.items()},
     )
 
 

@@ -43,6 +43,28 @@ def test_heads_that_do_not_divide_the_width_are_refused_where_the_family_does_no
         checks.check(run_of("llm=phi3", "llm.architecture.hidden_size=3073"))
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("words", [["data.batching=packed"], ["llm.attention=varlen"]], ids=lambda words: words[0])
+def test_positions_that_follow_from_a_rows_longest_sample_are_refused_in_shared_rows(
+    kind: str, words: list[str]
+) -> None:
+    """transformers chooses the factors of a whole row by its largest position."""
+    factors = "short_factor:[1,1,1,1,1,1],long_factor:[2,2,2,2,2,2]" if kind == "longrope" else "factor:2.0"
+    rope = f"rope_type:{kind},rope_theta:10000.0,{factors},original_max_position_embeddings:64"
+    scaled = [f"+llm.architecture.rope_parameters={{{rope}}}", "llm.architecture.max_position_embeddings=4096"]
+    with pytest.raises(ValueError, match=f"rope_type={kind}.*Set llm.max_length=64 or less, or say data.batching=sam"):
+        checks.check(run_of(*scaled, *words, "llm.max_length=512"))
+    checks.check(run_of(*scaled, *words, "llm.max_length=64"))
+    checks.check(run_of(*scaled, "llm.max_length=512"))
+
+
+def test_attention_dropout_that_the_kernel_does_not_know_is_refused_before_the_first_step() -> None:
+    dropout = "+llm.architecture.attention_dropout=0.1"
+    checks.check(run_of(dropout))
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1 with llm.attention=varlen"):
+        checks.check(run_of(dropout, "llm.attention=varlen"))
+
+
 def test_one_device_may_be_chosen_by_its_number() -> None:
     checks.check(run_of("trainer.devices=[1]"))
 

@@ -1,9 +1,11 @@
 """Model FLOPs by formula, beside what torch counts of the operations that ran."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from small_run import Pages
 from tiny_run import run_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -82,9 +84,49 @@ def check(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     model, batch = step_of(*words)
     counter = FlopsCounter(model)
     expected = counted_by_torch(model, batch)
-    found = counter.of(batch) - batch.group_rows.numel() * model.config.text_config.hidden_size
+    found = counter.of(replace(batch, filled={name: [0] * len(own) for name, own in batch.filled.items()}))
     # peft multiplies the adapters of open_clip's attention out, once a step, and so reaches its frozen matrices.
     assert found == pytest.approx(expected, rel=0.03 if "stage=lora_both" in words else 0.001)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "additions"),
+    [
+        ("deepstack_l", (96, 96), 4 * 16 * 96),
+        ("deepstack_l", (96, 192), 2 * 16 * 96),
+        ("deepstack_v", (96, 96), 4 * 16 * 64),
+        ("baseline", (96, 96), 0),
+    ],
+)
+def test_an_injection_is_one_addition_for_every_number_that_is_added(
+    model: str, size: tuple[int, int], additions: int
+) -> None:
+    """16 tokens a view; a long image has two tiles, which fill two of four groups; text alone has none."""
+    run = run_of(*SHORT, f"model={model}")
+    processor = make_processor(run)
+    counter = FlopsCounter(model_builder(run, processor.image_token_id)())
+    turns = Turn(Role.user, "<image>Which?"), Turn(Role.assistant, "red")
+    page = processor.prepare(Record(key="page", turns=turns, images=(Image.new("RGB", size),)))
+    text = processor.prepare(Record(key="text", turns=(Turn(Role.user, "Which?"), turns[1]), images=()))
+    for samples, expected in (([page], additions), ([page, text, page], 2 * additions), ([text], 0)):
+        batch = processor.collate(samples)
+        none = {name: [0] * len(own) for name, own in batch.filled.items()}
+        assert counter.of(batch) - counter.of(replace(batch, filled=none)) == expected
+
+
+def test_of_experts_as_many_are_counted_as_a_token_is_sent_to() -> None:
+    """Two of four: with all of them a token has 2 x (128 x 32 + 32 x 64) x 2 more operations forward in each layer."""
+    layer = torch.nn.Module()
+    layer.experts = torch.nn.Module()
+    layer.experts.gate_up_proj = torch.nn.Parameter(torch.empty(4, 128, 32))
+    layer.experts.down_proj = torch.nn.Parameter(torch.empty(4, 32, 64))
+    layer.experts.down_proj_bias = torch.nn.Parameter(torch.empty(4, 32))
+    layer.shared_expert = torch.nn.Linear(32, 64)
+    whole = sum(flops._times(p, flows=False) for p in flops._matrices(layer))
+    of_a_token = whole - flops._idle(layer, False, {"num_experts_per_tok": 2})
+    assert of_a_token == 2 * 2 * (2 * (128 * 32 + 32 * 64) + 64 * 32), "forward, and the matrices' gradients"
+    with pytest.raises(ValueError, match="an LLM of 4 experts whose config has no num_experts_per_tok"):
+        flops._idle(layer, False, {})
 
 
 def test_causal_pairs_are_those_of_a_mask() -> None:

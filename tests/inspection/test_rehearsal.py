@@ -1,5 +1,6 @@
 """Before a run, training's forward pass answers as the logits do, or nothing is trained."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from deepstack_pl.inspection.record import ReceiptError
 from deepstack_pl.inspection.rehearsal import rehearse
 from deepstack_pl.language import loss, varlen
 from deepstack_pl.language.config import Attention, Loss
+from deepstack_pl.training.compiling import compile_blocks
 
 KERNELS = [Attention.eager, Attention.sdpa, Attention.varlen]
 
@@ -63,6 +65,23 @@ def test_samples_that_see_each_other_a_little_stop_the_run(monkeypatch: pytest.M
     monkeypatch.setattr(varlen, "_each", leaking)
     with pytest.raises(ReceiptError, match=r"samples of one row see each other: a change of receipt row 0.*varlen"):
         rehearsed(attention=Attention.varlen)
+
+
+def test_compiled_blocks_that_let_samples_see_each_other_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run with gradients alone, and so must what is asked of them."""
+
+    def leaking(written: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            found = written(*args, **kwargs)
+            return found + 1e-5 * found.mean(1, keepdim=True)
+
+        return run
+
+    model = small_model().train()
+    monkeypatch.setattr(torch, "compile", leaking)
+    compile_blocks(model)
+    with pytest.raises(ReceiptError, match="samples of one row see each other: a change of receipt row 0"):
+        rehearse(model, small_processor(), torch.float32, nullcontext, one_row=True)
 
 
 def test_a_head_that_is_not_the_models_own_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,12 @@ from llms import twin
 from test_hosts import FAMILIES, LAYERS, host
 from tiny import IMAGE_TOKEN, MIXED, PLANS, picture, samples, tiny_llm, tiny_model, tiny_vision
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepstack_pl.batch import IGNORE_INDEX, MultimodalBatch, PadSide, Sample, collate
 from deepstack_pl.language import loss, varlen
 from deepstack_pl.language.config import Attention, Loss
-from deepstack_pl.language.loss import logits_of
+from deepstack_pl.language.loss import logits_of, losses_after
 from deepstack_pl.multimodal.build import build_model
 from deepstack_pl.multimodal.config import ProjectorConfig
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
@@ -207,6 +208,7 @@ def test_chunks_of_any_size_give_the_loss_and_the_gradients_of_all_logits(
     plain = F.cross_entropy(whole.logits[:, :-1][learned], batch.labels[:, 1:][learned], reduction="sum")
     expected = gradients(model, plain)
     monkeypatch.setattr(loss, "AT_ONCE", at_once)
+    monkeypatch.setattr(loss, "LEAST", 1)
     losses = model(**batch.training_inputs(), use_cache=False).losses
     torch.testing.assert_close(losses.sum(), plain, atol=1e-5, rtol=1e-6)
     same(gradients(model, losses.sum()), expected)
@@ -216,6 +218,7 @@ def test_no_more_logits_are_made_at_once_than_are_allowed(monkeypatch: pytest.Mo
     model, sizes = build(), []
     batch = together(model, learning_the_end(samples(model)))
     monkeypatch.setattr(loss, "AT_ONCE", 64 * 5)
+    monkeypatch.setattr(loss, "LEAST", 1)
     model.get_output_embeddings().register_forward_hook(lambda *args: sizes.append(args[2].numel()))
     model(**batch.training_inputs(), use_cache=False).losses.sum().backward()
     assert max(sizes) == 64 * 5
@@ -242,6 +245,32 @@ def test_in_bfloat16_a_loss_is_computed_in_float32_from_the_logits_there_are() -
     logits = model(**batch.model_inputs(), use_cache=False).logits.flatten(0, 1)[batch.learned_at]
     assert losses.dtype is torch.float32
     torch.testing.assert_close(losses, F.cross_entropy(logits.float(), batch.targets, reduction="none"))
+
+
+def test_in_bfloat16_chunks_are_few_and_gradients_near_those_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large vocabulary too: a chunk's part of the head's gradient is rounded to bfloat16, and so is every sum."""
+    monkeypatch.setattr(loss, "AT_ONCE", 64)  # what a vocabulary of 2**24 would leave: a token
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6000, 32, generator=draw).to(torch.bfloat16)
+    targets = torch.randint(0, 64, (6000,), generator=draw)
+
+    def learned(dtype: torch.dtype) -> tuple[list[Tensor], int]:
+        llm = build().language_model
+        for parameter in llm.parameters():  # the same values, of which float32 holds all
+            parameter.data = parameter.to(torch.bfloat16).to(dtype)
+        chunks = []
+        llm.get_output_embeddings().register_forward_hook(lambda *args: chunks.append(args[2].shape[-2]))
+        given = hidden.clone().to(dtype).requires_grad_()
+        losses_after(llm, given, targets).mean().backward()
+        head = llm.get_output_embeddings().weight.grad
+        assert given.grad is not None
+        return [head.float(), given.grad.float()], len(chunks) // 2
+
+    (found, times), (expected, _) = learned(torch.bfloat16), learned(torch.float32)
+    assert times == 12
+    for mine, exact in zip(found, expected, strict=True):
+        off = float((mine - exact).norm() / exact.norm())
+        assert off < 0.006, off
 
 
 def test_training_arguments_come_together() -> None:
@@ -338,6 +367,55 @@ class TestTorchsKernel:
                 varlen._kernel(*flat, at, 5, 0.7, window)
             return
         torch.testing.assert_close(varlen._kernel(*flat, at, 5, 0.7, window), expected, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("heads", "window"), [(4, None), (2, None), (4, 3)], ids=["plain", "shared heads", "sliding window"]
+    )
+    def test_the_operator_itself_takes_what_it_is_given_forward_and_backward(
+        self, heads: int, window: int | None
+    ) -> None:
+        """Without a GPU by its shapes alone: its signature, and that of its gradient, are real."""
+        if window and "window_size" not in varlen._TAKES:
+            pytest.skip("torch's kernel slides from 2.11 on")
+        with FakeTensorMode():
+            states = [torch.randn(11, each, 16, dtype=torch.bfloat16, requires_grad=True) for each in (4, heads, heads)]
+            at = torch.empty(4, dtype=torch.int32)
+            found = varlen._kernel(*states, at, 5, 0.7, window)
+            assert (found.shape, found.dtype) == (states[0].shape, torch.bfloat16)
+            found.sum().backward()
+        for given in states:
+            assert given.grad is not None
+            assert given.grad.shape == given.shape
+
+    @pytest.mark.parametrize("name", ["qwen3_0_6b", "phi3"], ids=["shared heads", "sliding window"])
+    def test_where_there_is_a_kernel_a_model_gives_it_all_its_samples(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The branch of a GPU in half precision, with a stand-in for the kernel alone."""
+        calls = []
+
+        def kernel(q: Tensor, k: Tensor, v: Tensor, at: Tensor, longest: int, scale: Any, window: Any) -> Tensor:
+            calls.append(longest)
+            rows = [states.transpose(0, 1)[None] for states in (q, k, v)]
+            return varlen._each(rows[0], rows[1], rows[2], at, scale, window)[0]
+
+        model = host(name, attention=Attention.varlen)
+        batch = together(model, [learning_the_end(samples(model))])
+        expected = model(**batch.training_inputs(), use_cache=False).losses
+        grads = gradients(model, expected.sum())
+        monkeypatch.setattr(varlen, "_has_kernel", lambda query: True)
+        monkeypatch.setattr(varlen, "_kernel", kernel)
+        losses = model(**batch.training_inputs(), use_cache=False).losses
+        torch.testing.assert_close(losses, expected)
+        same(gradients(model, losses.sum()), grads)
+        assert calls == [batch.longest] * LAYERS
+
+    def test_the_kernel_is_for_half_precision_on_a_gpu(self) -> None:
+        half = torch.empty(1, dtype=torch.bfloat16)
+        assert not varlen._has_kernel(half)
+        with FakeTensorMode():
+            assert varlen._has_kernel(torch.empty(1, dtype=torch.bfloat16, device="cuda"))
+            assert not varlen._has_kernel(torch.empty(1, device="cuda"))
 
 
 def attended(

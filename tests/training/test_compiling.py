@@ -99,6 +99,21 @@ def test_a_mixed_stream_compiles_a_handful_of_graphs_and_then_no_more(packed: bo
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
+def test_one_model_takes_text_images_and_packed_rows_in_turns_by_a_handful_of_graphs() -> None:
+    model = compiled()
+    stream = [batch for pair in zip(mixed(), mixed(packed=True), strict=True) for batch in pair]
+    assert {batch.packed for batch in stream} == {True, False}
+    for batch in stream:
+        losses_and_gradients(model, batch)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs <= 12
+    for batch in stream[::-1]:
+        losses_and_gradients(model, batch)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
 def test_without_gradients_blocks_run_as_written() -> None:
     model, processor = compiled(), small_processor()
     batch = processor.collate([processor.prompt(Pages()[0])])

@@ -1,9 +1,11 @@
 """Speed, and what a person watches."""
 
 import time
+from types import SimpleNamespace
 
 import lightning
 import pytest
+import torch
 from small_run import Pages, small_module, small_processor, small_trainer
 
 from deepstack_pl.data.config import DataConfig
@@ -115,6 +117,37 @@ def test_every_number_of_a_window_is_of_the_batches_in_it(tmp_path):
     assert speed.last["speed/model_flops_per_second"] * seconds == pytest.approx(flops)
     assert "speed/mfu" not in speed.last, "of a CPU no peak is known"
     assert not any(name.startswith(("speed_min", "speed_max")) for name in speed.last)
+
+
+def test_of_two_unequal_processes_there_is_the_sum_the_mean_the_least_and_the_most(monkeypatch):
+    """One makes two steps in 2 s, the other in 4 s, of which it waits for one: a step is over when both are."""
+    one = {"tokens": 100, "supervised": 40, "samples": 4, "positions": 200, "flops": 1e12, "seconds": 2, "waited": 0}
+    other = {"tokens": 300, "supervised": 60, "samples": 8, "positions": 400, "flops": 3e12, "seconds": 3, "waited": 1}
+    monkeypatch.setattr(throughput, "peak_of", lambda device, half: 1e12)
+    monkeypatch.setattr(throughput, "from_all", lambda mine: [mine, other])
+    monkeypatch.setattr(throughput, "several", lambda: True)
+    shown, loader = {}, TimedLoader(lambda: iter(()), length=0)
+    speed = Throughput(every_steps=2, precision="bf16-true")
+    speed._window, speed._steps = one, 2
+    module = SimpleNamespace(log_dict=lambda values, **how: shown.update(values))
+    speed._report(SimpleNamespace(train_dataloader=loader, loggers=[], global_step=2), module, torch.device("cpu"))
+    assert speed.last == {
+        "speed/tokens_per_second": 100,
+        "speed/supervised_tokens_per_second": 25,
+        "speed/samples_per_second": 3,
+        "speed/model_flops_per_second": 1e12,
+        "speed/padding_share": pytest.approx(1 / 3),
+        "speed/mfu": 0.5,
+        "speed/step_seconds": 1.25,
+        "speed/data_wait_share": 0.125,
+        "speed_min/step_seconds": 1,
+        "speed_min/data_wait_share": 0,
+        "speed_min/tokens_per_second": 50,
+        "speed_max/step_seconds": 1.5,
+        "speed_max/data_wait_share": 0.25,
+        "speed_max/tokens_per_second": 75,
+    }
+    assert shown == {"tok/s": 100, "pad": pytest.approx(1 / 3), "wait": 0.125, "mfu": 0.5}
 
 
 def test_the_utilisation_is_a_share_of_the_devices_peak(tmp_path, monkeypatch):

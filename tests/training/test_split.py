@@ -1,6 +1,7 @@
 """Where a step's time goes: every part has its share, and the run does not notice."""
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -10,6 +11,7 @@ from small_run import FROZEN, PRETRAIN, SCRATCH, STACKED, Pages, small_module, s
 
 from deepstack_pl.data.config import DataConfig
 from deepstack_pl.stacking.config import Host, ModelConfig
+from deepstack_pl.training import split as training_split
 from deepstack_pl.training.clock import PARTS, seconds_by_part
 from deepstack_pl.training.config import Checkpointing, StageConfig
 from deepstack_pl.training.datamodule import DeepStackDataModule
@@ -134,6 +136,25 @@ def test_what_is_left_of_the_backward_pass_is_the_part_whose_gradient_was_to_com
         spent = seconds_by_part([*marks, ("backward", marks[-1][1] + 100)], waited=7.0)
         assert spent[last] >= 100
         assert sum(spent.values()) == 7 + marks[-1][1] + 100
+
+
+def test_of_two_unequal_processes_there_is_the_mean_the_least_and_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = dict.fromkeys(PARTS, 1.0) | {"data": 4.0}
+    other = dict.fromkeys(PARTS, 3.0) | {"data": 0.0}
+    logged: dict[str, float] = {}
+    split = StepSplit(every_steps=1)
+    clock: Any = SimpleNamespace(watching=True, mark=lambda name: None, read=lambda waited: mine)
+    logger = SimpleNamespace(log_metrics=lambda values, step: logged.update(values))
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=1, loggers=[logger], global_step=1)
+    nothing: Any = None
+    split._clock = clock
+    monkeypatch.setattr(training_split, "from_all", lambda own: [own, other])
+    monkeypatch.setattr(training_split, "several", lambda: True)
+    split.on_train_batch_end(trainer, nothing, nothing, nothing, 0)
+    assert split.last == dict.fromkeys(PARTS, 2.0)
+    for part in PARTS:
+        each = [mine[part], other[part]]
+        assert [logged[f"{name}/{part}"] for name in ("split", "split_min", "split_max")] == [2, min(each), max(each)]
 
 
 def test_no_steps_are_refused() -> None:

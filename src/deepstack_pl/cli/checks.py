@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from hydra.utils import get_method
 from transformers.models.auto import CONFIG_MAPPING
 
+from deepstack_pl.cli.layout import rows_are_shared
 from deepstack_pl.cli.machines import wanted
 from deepstack_pl.config.run import RunConfig
 from deepstack_pl.language.config import Attention, LLMConfig
@@ -119,6 +120,13 @@ def check_attention(run: RunConfig) -> None:
             f"stands in for it on {'a GPU with' if gpu else 'the CPU, with'} trainer.precision={precision} cannot be "
             "compiled. Say compile=false, or llm.attention=sdpa."
         )
+    dropout = text_config(run.llm).to_dict().get("attention_dropout")
+    if run.llm.attention is Attention.varlen and dropout:
+        raise ValueError(
+            f"llm.architecture.attention_dropout={dropout} with llm.attention=varlen: torch's kernel for it drops no "
+            "attention out. Set it to 0, or say llm.attention=sdpa."
+        )
+    _check_positions(run)
     if run.llm.attention is not Attention.flash_attention_2:
         return
     if find_spec("flash_attn") is None:
@@ -137,6 +145,26 @@ def check_attention(run: RunConfig) -> None:
             "weights are in float32 where the receipt and the evaluation read them. Say trainer.precision=bf16-true, "
             "or llm.attention=varlen, which has no such rule."
         )
+
+
+def _check_positions(run: RunConfig) -> None:
+    """Some LLMs turn all positions of a row by factors that follow from its longest sample, so that a short one would
+    be learned otherwise beside a long one.
+    """
+    if not rows_are_shared(run):
+        return
+    config = text_config(run.llm).to_dict()
+    said = config.get("rope_parameters") or {}
+    for rope in [said, *(each for each in said.values() if isinstance(each, dict))]:  # one, or one for a kind of layer
+        kind, trained = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+        trained = trained or config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+        if kind in ("longrope", "dynamic") and trained and run.llm.max_length > trained:
+            raise ValueError(
+                f"llm.max_length={run.llm.max_length} with rope_type={kind}, data.batching={run.data.batching.name} "
+                f"and llm.attention={run.llm.attention.name}: a sample of more than {trained} positions would change "
+                f"the positions of every other one in its row. Set llm.max_length={trained} or less, or say "
+                "data.batching=samples llm.attention=sdpa."
+            )
 
 
 def check_vocabulary(run: RunConfig, processor: DeepStackProcessor) -> None:

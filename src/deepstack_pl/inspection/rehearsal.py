@@ -45,7 +45,7 @@ def rehearse(
         with torch.no_grad(), precision():
             alone = {key: loss for sample in samples for key, loss in _alone(model, processor, sample).items()}
         with torch.enable_grad(), precision():
-            together = _trained(model, processor.collate(rows), backward=True)
+            together = _trained(model, processor.collate(rows))
         off = {key: _off(together[key], alone[key]) for key in alone}
         worst = max(off, key=lambda key: off[key])
         if not off[worst] <= _BOUNDS[dtype]:
@@ -57,7 +57,7 @@ def rehearse(
         said = f"training's forward pass: losses as by the logits, within {off[worst]:.1e}"
         if not one_row:
             return said
-        with torch.no_grad(), precision():
+        with torch.enable_grad(), precision():  # without gradients compiled blocks would run as written
             before = _trained(model, processor.collate(rows))
             after = _trained(model, processor.collate([[_changed(samples[0]), *samples[1:]]]))
     seen = [sample.key for sample in samples[1:] if not torch.equal(before[sample.key], after[sample.key])]
@@ -79,12 +79,11 @@ def _alone(model: DeepStackForConditionalGeneration, processor: DeepStackProcess
     return {sample.key: F.cross_entropy(logits[learned].float(), labels[learned], reduction="none")}
 
 
-def _trained(model: DeepStackForConditionalGeneration, batch: MultimodalBatch, *, backward: bool = False) -> Losses:
+def _trained(model: DeepStackForConditionalGeneration, batch: MultimodalBatch) -> Losses:
     batch = batch.to(model.device)
     losses = model(**batch.training_inputs(), use_cache=False).losses
-    if backward:  # what shares weights out gathers them again for it, and lets them go after it
-        losses.sum().backward()
-        model.zero_grad()
+    losses.sum().backward()  # what shares weights out gathers them again for it, and lets them go after it
+    model.zero_grad()
     owners = batch.sample_ids().flatten()[batch.learned_at]
     return {key: losses.detach()[owners == place] for place, key in enumerate(batch.keys)}
 

@@ -34,7 +34,7 @@ class Attention(Enum):
 class Loss(Enum):
     """How the loss of the learned tokens is computed. The numbers are the same."""
 
-    chunked = "chunked"  # logits of the learned tokens alone, 2**24 at a time, and anew in the backward pass
+    chunked = "chunked"  # logits of the learned tokens alone, some at a time (language.loss), and anew in the backward
     full = "full"  # the LLM's whole forward, with logits at every position
 
 

@@ -18,6 +18,8 @@ from deepstack_pl.batch import IGNORE_INDEX
 from deepstack_pl.language.config import Loss
 
 AT_ONCE = 2**24  # logits that are held together: 64 MiB in float32
+# Tokens that are at least: the head's gradient is summed over chunks in its own dtype, where bfloat16 rounds each sum.
+LEAST = 512  # a vocabulary of 32,000 has as many anyway
 
 
 def token_losses(
@@ -30,7 +32,8 @@ def token_losses(
     """The cross entropy of ``targets`` after the positions ``learned_at``, counted row after row, in float32; 0 where a
     target is -100.
 
-    ``inputs`` are those of ``llm``. Of more logits than `AT_ONCE` some are made at a time, and anew in the backward.
+    ``inputs`` are those of ``llm``. Of more logits than `AT_ONCE`, and more tokens than `LEAST`, some are made at a
+    time, and anew in the backward.
     """
     if kind is Loss.full:
         return _cross_entropy(llm(**inputs).logits.flatten(0, 1)[learned_at], targets)
@@ -40,7 +43,7 @@ def token_losses(
 
 def losses_after(llm: PreTrainedModel, hidden: Float[Tensor, "l d"], targets: Int[Tensor, " l"]) -> Float[Tensor, " l"]:
     """The same, given the decoder's output at those positions."""
-    size = max(1, AT_ONCE // int(llm.config.vocab_size))
+    size = max(LEAST, AT_ONCE // int(llm.config.vocab_size))
     if len(hidden) <= size or not torch.is_grad_enabled():
         return torch.cat([_some(llm, *part) for part in _parts(hidden, targets, size)])
     again = partial(checkpoint, _some, llm, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn here

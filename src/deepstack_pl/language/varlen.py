@@ -76,7 +76,7 @@ def varlen_attention(
     if query.is_cuda and torch.is_autocast_enabled("cuda"):  # which does not know this kernel
         dtype = torch.get_autocast_dtype("cuda")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+    if not _has_kernel(query):
         return _each(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout), None  # pyright: ignore[reportCallIssue]
     if dropout:
         raise ValueError(
@@ -86,6 +86,11 @@ def varlen_attention(
     flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
     joined = _kernel(flat[0], flat[1], flat[2], cu_seq_lens_q, max_length_q, scaling, sliding_window)
     return joined.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def _has_kernel(query: Tensor) -> bool:
+    """Whether torch's own kernel computes this."""
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
 
 def _kernel(

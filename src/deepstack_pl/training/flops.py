@@ -2,8 +2,9 @@
 
 Matrix products alone, two operations for each multiplication and addition, and one for each number that an injection
 adds. Counted are every view that the tower runs, every projector's tokens, the real positions of every sample in the
-LLM, the head at learned tokens. Not counted: padding, activations that are computed again, norms, softmax, the
-optimiser. So padding and recomputing lower the utilisation, as they should.
+LLM, the head at learned tokens, of a mixture's experts as many as a token is sent to. Not counted: padding,
+activations that are computed again, norms, softmax, the optimiser. So padding and recomputing lower the utilisation, as
+they should.
 
 Attention is over ``n (n + 1) / 2`` pairs in a causal segment of ``n`` positions, over a window's where it slides, and
 over all pairs of a view's tokens in the tower. A backward pass takes each product once for the gradient of a matrix
@@ -81,14 +82,15 @@ class FlopsCounter:
             learns |= flows
         others = [*model.gates.values(), *([] if model.image_newline is None else [model.image_newline])]
         learns |= any(p.requires_grad for p in others) or _learns(model.get_input_embeddings())
-        self._layers = []
+        self._layers, config = [], model.language_model.config.to_dict()
         for layer in decoder_layers(model.language_model):
             flows = learns
             learns |= _learns(layer)
-            self._layers.append((sum(_times(p, flows) for p in _matrices(layer)), 3 if learns else 1))
+            matrices = sum(_times(p, flows) for p in _matrices(layer)) - _idle(layer, flows, config)
+            self._layers.append((matrices, 3 if learns else 1))
         head = model.get_output_embeddings()
         self._head = sum(_times(p, learns) for p in _matrices(head))
-        self._read_config(model.language_model.config.to_dict())
+        self._read_config(config)
 
     def _read_config(self, config: dict[str, Any]) -> None:
         heads = config["num_attention_heads"]
@@ -104,11 +106,17 @@ class FlopsCounter:
         for (matrices, passes), window in zip(self._layers, self._windows, strict=True):
             pairs = sum(causal_pairs(length, window) for length in batch.lengths)
             seen += matrices * positions + 4 * self._width * pairs * passes
-        return (
-            seen
-            + self._head * len(batch.targets)
-            + batch.group_rows.numel() * self.model.config.text_config.hidden_size
-        )
+        return seen + self._head * len(batch.targets) + self._added(batch)
+
+    def _added(self, batch: MultimodalBatch) -> float:
+        """Additions: an injection's at every place for which its group has a token."""
+        widths = {Host.llm: self.model.config.text_config.hidden_size, Host.vit: self.model.config.typed_vision().width}
+        found, plan = 0, self.model.plan
+        for host, name in ((Host.llm, "group_rows"), (Host.vit, "vit_rows")):
+            groups = plan.groups(host)
+            each = [batch.filled[name][groups.index(own.dealt)] for layer in plan.at(host).values() for own in layer]
+            found += widths[host] * sum(each)
+        return found
 
     def detach(self) -> None:
         """Watch no longer."""
@@ -142,6 +150,26 @@ def causal_pairs(length: int, window: int | None = None) -> float:
 def _matrices(module: nn.Module) -> Iterable[nn.Parameter]:
     """What every token is multiplied with: norms, biases and scales have one axis."""
     return (parameter for parameter in module.parameters() if parameter.ndim > 1)
+
+
+def _idle(layer: nn.Module, flows: bool, config: dict[str, Any]) -> float:
+    """FLOPs of the experts that a token is not sent to, which `_matrices` counts; they lie in tensors of three axes,
+    the first of which counts experts.
+
+    Raises:
+        ValueError: nothing says how many experts a token is sent to.
+    """
+    experts = [p for n, p in layer.named_parameters() if "experts" in n.split(".") and p.ndim == 3]
+    biases = [p for n, p in layer.named_parameters() if "experts" in n.split(".") and p.ndim == 2]
+    if not experts:
+        return 0.0
+    if not config.get("num_experts_per_tok"):
+        raise ValueError(
+            f"an LLM of {len(experts[0])} experts whose config has no num_experts_per_tok: its model FLOPs are not "
+            "known. Say ~callbacks.throughput."
+        )
+    idle = sum(_times(p, flows) * (1 - config["num_experts_per_tok"] / len(p)) for p in experts)
+    return idle + sum(_times(p, flows) for p in biases)
 
 
 def _learns(module: nn.Module) -> bool:

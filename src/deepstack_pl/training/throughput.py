@@ -30,7 +30,7 @@ class Throughput(lightning.Callback):
       do at most, where that is known;
     * ``speed/padding_share`` of the positions that the LLM was given;
     * ``speed/step_seconds`` of a batch and ``speed/data_wait_share``, the mean over processes; of several also the
-      least and the most, as ``speed_min/`` and ``speed_max/``.
+      least and the most, as ``speed_min/`` and ``speed_max/``, and of ``tokens_per_second`` those of one process.
 
     Time is that of steps and of waiting; what callbacks do between steps does not count. On an accelerator waiting
     overlaps with computing, so that the share is an upper bound. Nothing waits for the device but the end of a window.
@@ -147,6 +147,7 @@ class Throughput(lightning.Callback):
         if peak is not None:
             shown["mfu"] = self.last["speed/mfu"]
         if several():
+            each["tokens_per_second"] = [one["tokens"] / (one["seconds"] + one["waited"]) for one in every]
             for name, of in (("min", min), ("max", max)):
                 self.last |= {f"speed_{name}/{key}": of(values) for key, values in each.items()}
         for logger in trainer.loggers:  # not through the module: Lightning would drop what falls between its own steps
