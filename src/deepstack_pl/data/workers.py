@@ -82,8 +82,8 @@ class PreparedSource(Dataset[Sample | list[Sample]]):
 
 
 class _Looking(_MultiProcessingDataLoaderIter):
-    """Given a timeout, torch looks after its workers when that is over, and relies on a signal until then: lost where it is
-    answered within a destructor, or where a library takes SIGCHLD for itself.
+    """Given a timeout, torch looks after its workers when that is over, and relies on a signal until then. That is lost
+    where it is answered within a destructor, or where a library takes SIGCHLD for itself.
     """
 
     def _try_get_data(self, timeout: float = _LOOK) -> Any:
