@@ -10,8 +10,10 @@ import pytest
 import torch
 from tiny_run import run_of
 
+from deepstack_pl.cli.folders import Live
 from deepstack_pl.cli.machines import Machines, require_device, require_group, started, wanted
 from deepstack_pl.cli.run import execute
+from deepstack_pl.files import hold, let_go
 
 ASLEEP = "import time; time.sleep(60)"
 
@@ -106,6 +108,23 @@ def test_a_process_of_a_group_without_a_gpu_of_its_number_is_refused(
     require_device(run)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     require_device(run_of("strategy=ddp", "trainer.accelerator=cpu", "trainer.devices=4"))
+
+
+@pytest.mark.parametrize("words", [(), ("dry_run=step",)])
+def test_a_refused_start_leaves_the_words_and_logs_of_the_processes_that_run(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    call = tmp_path / "run" / "logs" / "group-of-theirs" / "call.json"
+    call.parent.mkdir(parents=True)
+    call.touch()
+    other = hold(tmp_path / "run")
+    run = run_of("strategy=fsdp", "trainer.devices=2", "trainer.accelerator=cpu", *words)
+    try:
+        with pytest.raises(Live, match="being trained in by another process"):
+            execute(run, tmp_path / "run", "python train.py")
+    finally:
+        let_go(other)
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [call]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say that a parent has died")

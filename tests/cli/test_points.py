@@ -13,12 +13,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tiny_run import CONF, TINY, leave_checkpoint, run_of
 
+from deepstack_pl.cli import points
 from deepstack_pl.cli.folders import Live
 from deepstack_pl.cli.points import differences, remember_words, standing, words_of
 from deepstack_pl.cli.train import Jobs
 from deepstack_pl.config.load import register, save
 from deepstack_pl.config.schema import Schema
-from deepstack_pl.files import hold, let_go
+from deepstack_pl.files import hold, is_held, let_go
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -68,6 +69,20 @@ def test_one_that_another_sweep_is_at_is_neither_put_aside_nor_called_failed(tmp
     finally:
         let_go(other)
     assert json.loads((folder / "results.json").read_text())["status"] == "running"
+
+
+def test_nobody_can_begin_in_a_point_while_it_is_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[bool] = []
+
+    def look(folder: Path) -> Path:
+        held.append(is_held(folder))
+        return put_aside(folder)
+
+    put_aside = points._put_aside
+    monkeypatch.setattr(points, "_put_aside", look)
+    assert standing(run_of(*TINY), left(tmp_path / "point", "failed")).aside is not None
+    assert held == [True]
+    assert not (tmp_path / "point").exists()
 
 
 @pytest.mark.parametrize(

@@ -217,9 +217,9 @@ def test_a_folder_that_another_process_trains_in_is_left_alone() -> None:
     assert not is_held(Path("run"))
     other = hold(Path("run"))
     try:
-        with pytest.raises(Live, match="run is being trained in by another process"):
+        with pytest.raises(Live, match=r"run is being trained in by another process\. .*, or stop it\.$"):
             go_on("ckpt_path=run", "trainer.max_steps=4")
-        with pytest.raises(Live):
+        with pytest.raises(Live, match=r"name another folder with hydra\.run\.dir"):
             start(folder=Path("run"))
     finally:
         let_go(other)

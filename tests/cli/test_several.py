@@ -125,6 +125,34 @@ def test_a_worker_that_is_killed_is_named(tmp_path: Path) -> None:
     assert all_of(tmp_path / "run" / "checkpoints")[0].step >= 1
 
 
+def test_a_second_start_is_refused_and_the_first_ends_as_if_there_had_been_none(tmp_path: Path) -> None:
+    folder, go = tmp_path / "runs" / "run", tmp_path / "go"
+    wait = f"+callbacks.until={{_target_: tiny_run.Until, file: {go}}}"
+    words = command(folder, *TWO, wait, "callbacks.checkpoint.every_steps=1")
+    first = subprocess.Popen(words, env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 120
+        while not all_of(folder / "checkpoints"):
+            assert first.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        before = {file: file.stat().st_size for file in folder.glob("logs/**/*") if "heartbeat" not in file.name}
+        assert any(file.parent.name.startswith("group-") for file in before)
+        for start, other in (([f"ckpt_path={folder}"], False), (command(folder, *TWO)[2:], True)):
+            second = call([sys.executable, str(REPOSITORY / "train.py"), *start], tmp_path)
+            assert second.returncode == 1
+            assert second.stderr.count("is being trained in by another process. Wait for its end, or stop it") == 1
+            assert ("hydra.run.dir" in second.stderr) is other
+            assert "Traceback" not in second.stderr
+        after = {file: file.stat().st_size for file in folder.glob("logs/**/*") if "heartbeat" not in file.name}
+        assert after == before
+    finally:
+        go.touch()
+        _, said = first.communicate(timeout=120)
+    assert first.returncode == 0, said
+    assert results_of(folder)["status"] == "finished"
+
+
 def torchrun(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     python, script, *rest = command(folder, *TWO, *words)
     start = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]

@@ -71,6 +71,17 @@ class Slow(lightning.Callback):
         time.sleep(0.5)
 
 
+class Until(lightning.Callback):
+    """The second step waits for ``file``: what is done in the meantime is done to a run that trains."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        while trainer.global_step == 1 and not self.file.exists():
+            time.sleep(0.05)
+
+
 class Killed(lightning.Callback):
     """kill -9 of one process before a step."""
 

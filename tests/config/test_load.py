@@ -268,7 +268,10 @@ def test_what_the_system_says_of_a_file_is_one_sentence_also_from_a_data_worker(
         Path("nowhere/at.all").read_bytes()
     assert sentence(caught.value, schema) == "nowhere/at.all: No such file or directory."
     full = OSError(errno.ENOSPC, "No space left on device")  # of a file that is open: it has no name
-    assert sentence(full, schema) == "No space left on device. Make room, and give the same command again."
+    assert sentence(full, schema) == (
+        "No space left on device. Make room. A run that has saved a checkpoint goes on with ckpt_path=ITS_FOLDER; for "
+        "everything else give the same command again."
+    )
     error = OSError(
         "Caught NotThere in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
         '  File "/x/deepstack_pl/data/download.py", line 3, in _retry\n    raise NotThere(\n'

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, count
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -175,6 +175,18 @@ def kill_itself_at_five(record: Record) -> Sample:
     return prepare(record)
 
 
+def sigterm_with_the_second_and_the_last(record: Record) -> Sample:
+    """As a batch system, and then somebody who means it. The queue has time to hand on what is done."""
+    made = next(MADE)
+    if made in (1, 10):
+        time.sleep(1.0 if made == 10 else 0.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return prepare(record)
+
+
+MADE = count()
+
+
 def wait_at_five(record: Record) -> Sample:
     if record.key == "5":
         time.sleep(60)
@@ -224,6 +236,13 @@ def test_a_worker_that_is_killed_is_noticed_within_seconds_though_its_signal_is_
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert "exited unexpectedly. What was waited for is worker 0's" in said
+
+
+def test_a_worker_brings_its_batches_after_a_sigterm_and_ends_at_the_second() -> None:
+    alone = [batch.keys for batch in loader_of(Numbers(12), workers=0)]
+    came, said = read_until_lost(iter(loader_of(Numbers(12), sigterm_with_the_second_and_the_last)))
+    assert came == alone[:2], "the first came with the first batch"
+    assert "worker 0's, with" in said
 
 
 def test_a_worker_that_cannot_hand_a_batch_over_is_an_error_at_once_and_names_the_shared_memory() -> None:

@@ -1,5 +1,6 @@
 """Benchmarks asked of a model: in batches, by several starts, and what is kept of the answers."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,18 @@ def test_two_evaluations_do_not_share_a_folder(model, benchmark, tmp_path):
         keep_in(tmp_path / "kept", model, benchmark)
     other.close()
     keep_in(tmp_path / "kept", model, benchmark, others=Others.all_renamed)
+
+
+def test_an_evaluation_where_nothing_can_be_locked_goes_on_with_a_warning(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    kept = Kept(tmp_path / "kept", 0)
+    kept.begin({})
+    kept.close()
+    assert (tmp_path / "kept" / "identity.json").is_file()
+    assert "kept cannot be locked (No locks available): start nothing there twice" in capsys.readouterr().err
 
 
 def test_a_question_beyond_the_context_is_named_and_counts_as_not_answered(model, tmp_path):

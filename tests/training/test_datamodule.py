@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import threading
+import warnings
 from dataclasses import replace
 from itertools import chain
 
@@ -16,12 +18,14 @@ from small_run import Pages, newest, saved, small_model, small_module, small_pro
 from deepstack_pl.batch import Role, Turn
 from deepstack_pl.data.config import Batching, DataConfig, Remainder, Shuffle
 from deepstack_pl.language.config import TooLong
+from deepstack_pl.training import store
 from deepstack_pl.training.checkpoint import RunCheckpoint
 from deepstack_pl.training.checkpoints import all_of
 from deepstack_pl.training.datamodule import DeepStackDataModule
 from deepstack_pl.training.interrupt import GracefulStop
 from deepstack_pl.training.restore import read_model
 from deepstack_pl.training.step_loss import StepLoss
+from deepstack_pl.training.store import SaveFailed
 from deepstack_pl.training.tally import Tally
 
 
@@ -84,6 +88,25 @@ def test_a_second_ctrl_c_raises_at_once():
     finally:
         stop.teardown(None, None, "fit")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_of_a_machine_that_is_wanted_ends_training_at_once_with_143(number, first, tmp_path):
+    done = []
+
+    class Twice(lightning.Callback):
+        def on_before_optimizer_step(self, trainer, *_):
+            if trainer.global_step == 1:
+                os.kill(os.getpid(), first)
+                os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        fit(tmp_path, Twice(), Keys(done.append), GracefulStop())
+    assert ended.value.code == 143
+    assert done == [1], "the step that it came in was not waited for"
+    assert signal.getsignal(number) is before
 
 
 def test_the_handler_is_restored_when_training_fails(tmp_path):
@@ -339,6 +362,73 @@ def test_nothing_is_saved_of_an_update_that_an_exception_broke_off(tmp_path):
     with pytest.raises(RuntimeError, match="as arranged"):
         fit(tmp_path, Fails(), RunCheckpoint(tmp_path, every_steps=2))
     assert [checkpoint.step for checkpoint in all_of(tmp_path)] == [2]
+
+
+def fit_on_a_bad_disk(folder, bad, monkeypatch, *callbacks, every_steps=1, asynchronous):
+    """Six steps; saves whose number is in ``bad`` are not written. Which steps were trained, what ended training, and
+    what was said.
+    """
+    real, calls, trained = store.dcp.save, [], []
+
+    def save(*args, **kwargs):
+        calls.append(1)
+        if len(calls) in bad:
+            raise OSError("no disk")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(store.dcp, "save", save)
+    ended = None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            checkpoint = RunCheckpoint(folder, every_steps=every_steps, asynchronous=asynchronous)
+            fit(folder, Keys(trained.append), *callbacks, checkpoint)
+        except (RuntimeError, ZeroDivisionError) as error:
+            ended = error
+    return trained, ended, [str(one.message) for one in said]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_one_or_two_saves_that_fail_in_a_row_let_training_go_on(tmp_path, monkeypatch, asynchronous):
+    trained, ended, said = fit_on_a_bad_disk(tmp_path, {1, 2, 4, 5}, monkeypatch, asynchronous=asynchronous)
+    assert (trained, ended) == ([1, 2, 3, 4, 5, 6], None)
+    told = [line for line in said if "Training goes on; the next checkpoint is due in 1 steps" in line]
+    assert [re.findall(r"step (\d) was not written", line) for line in told] == [["1"], ["2"], ["4"], ["5"]]
+    assert [checkpoint.step for checkpoint in all_of(tmp_path)] == [6, 3]
+
+
+@pytest.mark.parametrize(("asynchronous", "heard"), [(True, 6), (False, 5)])
+def test_the_third_save_that_fails_in_a_row_ends_the_run(tmp_path, monkeypatch, asynchronous, heard):
+    trained, ended, _ = fit_on_a_bad_disk(tmp_path, {1, 3, 4, 5}, monkeypatch, asynchronous=asynchronous)
+    assert isinstance(ended, SaveFailed)
+    assert "step 5 was not written" in str(ended)
+    assert trained == list(range(1, heard + 1)), "one in a thread is heard of at the next"
+    assert [checkpoint.step for checkpoint in all_of(tmp_path)] == [2]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize(("every_steps", "first_bad"), [(3, 2), (4, 2), (100, 1)])
+def test_a_last_save_that_fails_ends_the_run(tmp_path, monkeypatch, every_steps, first_bad, asynchronous):
+    bad = set(range(first_bad, 10))
+    trained, ended, _ = fit_on_a_bad_disk(
+        tmp_path, bad, monkeypatch, every_steps=every_steps, asynchronous=asynchronous
+    )
+    assert isinstance(ended, SaveFailed)
+    assert "step 6 was not written" in str(ended)
+    assert trained == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("asynchronous", "bad"), [(True, {1, 2, 3, 4}), (False, {2, 3, 4})])
+def test_a_save_after_an_exception_that_fails_is_said_and_does_not_hide_it(tmp_path, monkeypatch, asynchronous, bad):
+    """Though it is the third in a row."""
+
+    def fail(step):
+        if step == 4:
+            raise ZeroDivisionError("as arranged")
+
+    _, ended, said = fit_on_a_bad_disk(tmp_path, bad, monkeypatch, Keys(fail), asynchronous=asynchronous)
+    assert isinstance(ended, ZeroDivisionError)
+    assert any("step 4 was not written" in line for line in said)
 
 
 def test_a_checkpoint_every_zero_steps_is_refused(tmp_path):

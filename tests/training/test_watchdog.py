@@ -83,6 +83,41 @@ def test_a_batch_that_memory_was_too_small_for_is_named_with_its_size(tmp_path: 
     assert "Lower data.micro_batch_size" in said
 
 
+class OutOfMemoryElsewhere(lightning.Callback):
+    """In ``hook``, which the watchdog sees before, as it does the run's evaluation."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self.fail)
+
+    def fail(self, *_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_memory_that_runs_out_before_training_is_what_ends_the_run(tmp_path: Path, capfd: Any) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(tmp_path, Watchdog(tmp_path, StrategyConfig(name="single")), OutOfMemoryElsewhere("on_fit_start"))
+    assert "ran out of memory" not in capfd.readouterr().err, "there is no step that it could be in"
+
+
+@pytest.mark.parametrize(
+    ("hook", "where"),
+    [
+        ("on_train_batch_end", "step 1, between batches"),
+        ("on_train_end", "step 3, between batches"),
+        ("on_train_epoch_start", "step 0, start"),
+    ],
+)
+def test_memory_that_runs_out_between_batches_is_not_blamed_on_one(
+    hook: str, where: str, tmp_path: Path, capfd: Any
+) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(tmp_path, Watchdog(tmp_path, StrategyConfig(name="single")), OutOfMemoryElsewhere(hook))
+    said = capfd.readouterr().err
+    assert f"ran out of memory in {where}: no batch was being trained on" in said
+    assert "positions" not in said
+    assert "samples" not in said
+
+
 def test_the_first_sign_of_life_replaces_that_of_an_earlier_start(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "heartbeat-0.json").write_text(json.dumps({"step": 900, "phase": "update", "time": 1.0}))

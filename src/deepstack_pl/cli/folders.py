@@ -1,11 +1,11 @@
 """Where runs live: one folder each under ``outputs/``, and ``outputs/latest``, which names the newest."""
 
-import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deepstack_pl.files import hold, let_go, write_text
+from deepstack_pl.files import hold, hold_or_warn, let_go, write_text
 from deepstack_pl.training import checkpoints
 from deepstack_pl.training.checkpoints import Checkpoint
 
@@ -13,6 +13,7 @@ OUTPUTS = Path("outputs")
 LATEST = OUTPUTS / "latest"
 CONFIG, RESULTS, RECEIPT = "config.yaml", "results.json", "receipt.json"
 CHECKPOINTS = "checkpoints"
+_MOMENT = 0.5  # seconds in which somebody may only be looking
 
 
 def relative(path: Path | str) -> str:
@@ -27,10 +28,28 @@ def remember(folder: Path) -> None:
 
 
 def discard_if_empty(folder: Path) -> None:
-    """Remove the folder that Hydra made for a run that never began; a sweep's folder goes with its last arm."""
+    """Remove the folder that Hydra made for a run that never began; a sweep's folder goes with its last arm. One that
+    another process holds is a run's that has written nothing yet.
+    """
     for path in (folder, folder.parent):
         if path.is_dir() and path.resolve() != OUTPUTS.resolve() and not any(path.iterdir()):
-            path.rmdir()
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    try:
+        handle = hold(path)
+    except (BlockingIOError, FileNotFoundError):
+        return
+    except OSError:
+        handle = None  # of a file system without locks
+    try:
+        path.rmdir()
+    except OSError:
+        return  # somebody has begun there
+    finally:
+        if handle is not None:
+            let_go(handle)
 
 
 class Live(ValueError):
@@ -38,28 +57,38 @@ class Live(ValueError):
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, as its first process: a second start there would train into the same files.
+def alone(folder: Path, *, free: bool = False) -> Iterator[int | None]:
+    """Hold a run's folder, as the first of all that write there: a second start would train into the same files. What
+    `hold` gives is given; ``free``: whether the run could as well lie elsewhere.
 
     Raises:
         Live: another start does so now.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = None
     try:
-        handle = hold(folder)
+        handle = _taken(folder)
     except BlockingIOError as error:
+        other = "; or name another folder with hydra.run.dir" if free else ""
         raise Live(
-            f"{relative(folder)} is being trained in by another process. Wait for its end, or stop it; or name another "
-            "folder with hydra.run.dir."
+            f"{relative(folder)} is being trained in by another process. Wait for its end, or stop it{other}."
         ) from error
-    except OSError as error:  # of a file system without locks
-        print(f"{relative(folder)} cannot be locked ({error.strerror}): start no run there twice.", file=sys.stderr)
     try:
-        yield
+        yield handle
     finally:
         if handle is not None:
             let_go(handle)
+
+
+def _taken(folder: Path) -> int | None:
+    """Who looks at a folder, or removes an empty one, is gone in a moment."""
+    end = time.monotonic() + _MOMENT
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return hold_or_warn(folder, relative(folder))
+        except (BlockingIOError, FileNotFoundError):
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.02)
 
 
 def claim(folder: Path) -> None:

@@ -25,13 +25,14 @@ import torch
 
 from deepstack_pl.cli.blame import Ends, Record, bad
 from deepstack_pl.cli.ending import PREEMPTING
-from deepstack_pl.cli.folders import CONFIG
+from deepstack_pl.cli.folders import CONFIG, alone
 from deepstack_pl.cli.machines import on_gpu, wanted
 from deepstack_pl.cli.resume import Resumed
 from deepstack_pl.cli.surroundings import cores
 from deepstack_pl.cli.worker import CALL
 from deepstack_pl.config.load import save
 from deepstack_pl.config.run import RunConfig
+from deepstack_pl.files import handed_down
 
 _GRACE = 20.0  # seconds in which the others end by themselves once one has failed
 _PATIENCE = 60.0  # and once one has ended as it was asked to: a logger may have much to hand over
@@ -42,9 +43,11 @@ _PR_SET_PDEATHSIG = 1
 def launch(run: RunConfig, folder: Path, command: str, arm: Sequence[str], resumed: Resumed | None) -> bool:
     """Start one process for each device of this machine, and wait for all; whether Ctrl-C ended them.
 
-    Process 0 has this one's terminal, the others write to ``folder/logs``. Signals are handed on to all.
+    Process 0 has this one's terminal, the others write to ``folder/logs``. Signals are handed on to all. They hold the
+    folder together with this one, from before anything is written there.
 
     Raises:
+        Live: another start holds it.
         ValueError, RuntimeError: what the process said that failed first.
         SystemExit: they were preempted.
         KeyboardInterrupt: they were stopped at once.
@@ -61,20 +64,22 @@ def launch(run: RunConfig, folder: Path, command: str, arm: Sequence[str], resum
             f"trainer.devices={there.devices}, but torch finds {torch.cuda.device_count()} GPUs here. Say as many, or "
             "trainer.accelerator=cpu."
         )
-    record = Record.before(folder)
-    try:
-        with _private(folder) as private, _Group(private, folder) as group:
-            save(run, private / CONFIG)
-            call = {"folder": str(folder), "command": command, "arm": list(arm), "resumed": None, "path": sys.path}
-            if resumed is not None:
-                names = {"folder": str(resumed.folder), "checkpoint": str(resumed.checkpoint)}
-                call["resumed"] = {**names, "results": resumed.results, "named": resumed.named, "notes": resumed.notes}
-            (private / CALL).write_text(json.dumps(call), encoding="utf-8")
-            group.start(there.devices)
-            return group.wait()
-    except BaseException as error:
-        record.close(error)
-        raise
+    with alone(folder, free=resumed is None and not arm) as held:
+        record = Record.before(folder)
+        try:
+            with handed_down(held) as handed, _private(folder) as private, _Group(private, folder) as group:
+                save(run, private / CONFIG)
+                call = {"folder": str(folder), "held": handed, "command": command, "arm": list(arm), "resumed": None}
+                if resumed is not None:
+                    names = {"folder": str(resumed.folder), "checkpoint": str(resumed.checkpoint)}
+                    its = {"results": resumed.results, "named": resumed.named, "notes": resumed.notes}
+                    call["resumed"] = {**names, **its}
+                (private / CALL).write_text(json.dumps({**call, "path": sys.path}), encoding="utf-8")
+                group.start(there.devices, handed)
+                return group.wait()
+        except BaseException as error:
+            record.close(error)
+            raise
 
 
 @contextmanager
@@ -115,7 +120,8 @@ class _Group:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def start(self, count: int) -> None:
+    def start(self, count: int, handed: Sequence[int] = ()) -> None:
+        """Start ``count`` processes, which have the open files ``handed`` too."""
         common = {
             "WORLD_SIZE": count,
             "LOCAL_WORLD_SIZE": count,
@@ -128,7 +134,9 @@ class _Group:
         for rank in range(count):
             environment = {**os.environ, **{n: str(v) for n, v in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}}
             self.processes.append(
-                subprocess.Popen(words, env=environment, start_new_session=True, preexec_fn=_before_it_begins)
+                subprocess.Popen(
+                    words, env=environment, start_new_session=True, preexec_fn=_before_it_begins, pass_fds=handed
+                )
             )
         self._complete = True
         for number in self._sent:  # while they were being started

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from deepstack_pl.cli.folders import CONFIG, Live, checkpoint_of, relative
+from deepstack_pl.cli.folders import CONFIG, alone, checkpoint_of, relative
 from deepstack_pl.cli.report import read_results
 from deepstack_pl.cli.resume import FREE, Resumed
 from deepstack_pl.config.load import flat, load
 from deepstack_pl.config.run import RunConfig
-from deepstack_pl.files import is_held, write_text
+from deepstack_pl.files import write_text
 
 WORDS = "sweep.json"
 _DECIDES = ("trainer.max_steps", "evaluation")  # of what a run may change on its way, what decides its numbers
@@ -46,25 +46,26 @@ def standing(run: RunConfig, folder: Path) -> Standing:
 
     Raises:
         AnotherRun: one of other values.
+        Live: another process trains there.
     """
     file = folder / CONFIG
     if not file.is_file():
         return Standing()
-    saved, results = load(file, []), read_results(folder)
+    saved = load(file, [])
     apart = list(differences(run, saved))
     if apart:
         raise AnotherRun(
             f"{relative(folder)} holds a run of other values: {'; '.join(apart[:3])}. Its sweep goes on with what it "
             "was begun with. Put conf/ back as it was, or start another sweep."
         )
-    if results.get("status") == "finished":
+    if read_results(folder).get("status") == "finished":
         return Standing(finished=True)
-    if is_held(folder):
-        raise Live(f"{relative(folder)} is being trained in by another process. Wait for its end, or stop it.")
-    try:
-        checkpoint, notes = checkpoint_of(folder)
-    except ValueError:
-        return Standing(aside=_put_aside(folder))
+    with alone(folder):  # so that none begins in what is put aside
+        results = read_results(folder)
+        try:
+            checkpoint, notes = checkpoint_of(folder)
+        except ValueError:
+            return Standing(aside=_put_aside(folder))
     if run.data.epochs is not None:
         run.data.epochs, run.trainer["max_steps"] = None, saved.trainer["max_steps"]
     return Standing(resumed=Resumed(run, folder, checkpoint.folder, results, False, tuple(notes)))

@@ -119,6 +119,15 @@ def whole(resumed: Resumed) -> tuple[Checkpoint, list[str]]:
     )
 
 
+def how_to_go_on(folder: Path) -> str | None:
+    """What is to be said where a run in ``folder`` ends before its time; None where it has saved nothing to its end."""
+    try:
+        back = checkpoint_of(folder)[0].step
+    except ValueError:
+        return None
+    return f"To go on from step {back}, the newest checkpoint's: python train.py ckpt_path={relative(folder)}"
+
+
 def _checkpoint(wanted: str, folder: Path) -> tuple[Checkpoint, list[str]]:
     """The very one that is named, else the run's newest; sizes are looked at."""
     named = Path(wanted)

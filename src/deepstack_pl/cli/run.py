@@ -17,12 +17,12 @@ from deepstack_pl.cli.assemble import Assembly, assemble, device_of, model_build
 from deepstack_pl.cli.description import describe
 from deepstack_pl.cli.ending import ending_at_once, number_here
 from deepstack_pl.cli.evaluation import at_the_end
-from deepstack_pl.cli.folders import CONFIG, RECEIPT, alone, checkpoint_of, claim, relative, remember
+from deepstack_pl.cli.folders import CONFIG, RECEIPT, alone, claim, relative, remember
 from deepstack_pl.cli.launch import launch
 from deepstack_pl.cli.machines import require_device, require_group, started, wanted
 from deepstack_pl.cli.memory import print_memory
 from deepstack_pl.cli.report import print_report, write_results
-from deepstack_pl.cli.resume import Resumed, whole
+from deepstack_pl.cli.resume import Resumed, how_to_go_on, whole
 from deepstack_pl.cli.spread import spread
 from deepstack_pl.cli.surroundings import bar_on, be_quiet, share_cores
 from deepstack_pl.cli.trial import one_step
@@ -46,9 +46,16 @@ _KEPT += ("init_digest", "architecture_digest", "init_from", "arm", "starts")
 
 
 def execute(
-    run: RunConfig, folder: Path, command: str, *, arm: Sequence[str] = (), resumed: Resumed | None = None
+    run: RunConfig,
+    folder: Path,
+    command: str,
+    *,
+    arm: Sequence[str] = (),
+    resumed: Resumed | None = None,
+    held: bool = False,
 ) -> bool:
     """Run ``run`` in ``folder``, or try it as ``dry_run`` says; whether Ctrl-C ended it. ``command`` is for the record.
+    ``held``: who has started this process keeps others out of the folder.
 
     Where several processes are wanted and this is none of them yet, they are started, each calls this again, and
     their end is waited for.
@@ -72,7 +79,8 @@ def execute(
         if several:
             processes.join(run.strategy.start_timeout, device_of(run))  # for good: the process ends with its run
         folder = Path(from_first(str(folder)))
-        with alone(folder) if run.trial is DryRun.false and not processes.rank() else nullcontext():
+        holds = run.trial is DryRun.false and not processes.rank() and not held
+        with alone(folder, free=resumed is None and not arm) if holds else nullcontext():
             return _here(run, folder, command, arm, resumed)
 
 
@@ -286,14 +294,7 @@ class _Run:
         write_results(self.folder, self.results)
 
     def _say_how_to_go_on(self, ended: str) -> None:
-        try:
-            back = checkpoint_of(self.folder)[0].step
-        except ValueError:
-            return  # nothing was saved, or not to the end
-        self.console.print(
-            f"{ended} at step {self._step}. To go on from step {back}, the newest "
-            f"checkpoint's: python train.py ckpt_path={relative(self.folder)}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        way = how_to_go_on(self.folder)
+        if way is not None:
+            text = f"{ended} at step {self._step}. {way}"
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from deepstack_pl.cli.ending import CTRL_C, PREEMPTING, end_now, ending_at_once, is_consequence
 from deepstack_pl.cli.folders import CONFIG
+from deepstack_pl.files import hold_with
 from deepstack_pl.training.config import PREEMPTED
 
 CALL = "call.json"
@@ -40,6 +41,8 @@ def _take_part(private: Path, rank: int) -> bool:
     call = json.loads((private / CALL).read_text(encoding="utf-8"))
     sys.path[:] = call["path"]  # the folder of train.py, where callbacks of one's own may lie
     folder = Path(call["folder"])
+    for handle in call["held"]:
+        hold_with(handle)
     if rank:
         _write_to(folder / "logs" / f"rank-{rank}.log")
     from deepstack_pl.cli.resume import Resumed
@@ -52,7 +55,7 @@ def _take_part(private: Path, rank: int) -> bool:
         resumed = Resumed(
             run, Path(its["folder"]), Path(its["checkpoint"]), its["results"], its["named"], tuple(its["notes"])
         )
-    return execute(run, folder, call["command"], arm=call["arm"], resumed=resumed)
+    return execute(run, folder, call["command"], arm=call["arm"], resumed=resumed, held=True)
 
 
 def _leave(file: Path, rank: int, error: BaseException) -> None:

@@ -20,6 +20,10 @@ _IN_FILE = re.compile(
 )
 _NOT_DELETED = re.compile(r"Could not delete '(?P<group>[^'=]+)[^']*'\. No match in the defaults list")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # said of a file that is open, which has no name then
+_ROOM = (
+    "Make room. A run that has saved a checkpoint goes on with ckpt_path=ITS_FOLDER; for everything else give the same "
+    "command again."
+)
 _WORKER = re.compile(r"Caught \w+ in DataLoader worker process .*\n([\w.]+): (.*)", re.DOTALL)
 
 
@@ -124,7 +128,7 @@ def _ours(error: ValueError | RuntimeError | OSError) -> str | None:
         return worker[2].strip() if ours else None
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _NO_ROOM):
         place = "" if error.filename is None else f"{error.filename}: "
-        room = " Make room, and give the same command again." if error.errno in _NO_ROOM else ""
+        room = f" {_ROOM}" if error.errno in _NO_ROOM else ""
         return f"{place}{error.strerror}.{room}"
     return str(error) if _raised_in_package(error.__traceback__) else None
 

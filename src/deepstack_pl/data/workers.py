@@ -82,8 +82,8 @@ class PreparedSource(Dataset[Sample | list[Sample]]):
 
 
 class _Looking(_MultiProcessingDataLoaderIter):
-    """Given a timeout, torch looks after its workers when that is over, and relies on a signal until then: lost where it is
-    answered within a destructor, or where a library takes SIGCHLD for itself.
+    """Given a timeout, torch looks after its workers when that is over, and relies on a signal until then. That is lost
+    where it is answered within a destructor, or where a library takes SIGCHLD for itself.
     """
 
     def _try_get_data(self, timeout: float = _LOOK) -> Any:
@@ -120,12 +120,13 @@ class WatchedLoader(DataLoader[Any]):
             except RuntimeError as error:
                 if not self.num_workers or not str(error).startswith("DataLoader "):  # what a worker raised
                     raise
+                assert isinstance(batches, _Looking)
                 keys = self.dataset.names(handed[0])  # type: ignore[attr-defined]
                 more = ", ..." if len(keys) > _NAMED else ""
                 remedy = (
                     "Shared memory (/dev/shm) is full: batches on their way lie there. Give the container more "
                     "(docker run --shm-size=8g), or lower data.workers or data.micro_batch_size."
-                    if any(worker.exitcode == errno.ENOSPC for worker in getattr(batches, "_workers", ()))
+                    if any(worker.exitcode == errno.ENOSPC for worker in batches._workers)
                     else "If it was killed, the machine may be short of memory (see dmesg): lower data.workers. If it "
                     "hangs, look at the disk or network that these samples lie on."
                 )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepstack_pl.evaluation.benchmark import Line
-from deepstack_pl.files import hold, let_go, write_text
+from deepstack_pl.files import hold_or_warn, let_go, write_text
 
 IDENTITY, RECORDS, RESULTS = "identity.json", "records.jsonl", "results.json"
 _PARTS = "answers.*.jsonl"
@@ -54,7 +54,7 @@ class Kept:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._claim = hold(self.folder)
+            self._claim = hold_or_warn(self.folder, str(self.folder))
         except BlockingIOError as error:
             raise ValueError(
                 f"{self.folder}: another evaluation writes there now. Wait for it, or say to=FOLDER."

@@ -1,14 +1,21 @@
 """TensorBoard's HParams tab: what a run was, beside what it came to, so that the runs of a sweep compare there."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
 _SHOWN = ("model.", "stage.", "optim.", "seed", "data.batch_size", "trainer.max_steps")
 _NAMES = ("llm.name", "vision.name", "projector.name", "data.name")
+
+
+@runtime_checkable
+class _Guarded(Protocol):
+    """A logger whose failures stop nothing: it is asked to do what it could not see."""
+
+    def attempt(self, action: Callable[[], Any]) -> Any: ...
 
 
 def log_hparams(loggers: Iterable[Logger], values: Mapping[str, Any], metrics: Iterable[str]) -> None:
@@ -24,9 +31,11 @@ def log_hparams(loggers: Iterable[Logger], values: Mapping[str, Any], metrics: I
     summaries = hparams(shown, dict.fromkeys(metrics, 0.0))
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            # The file below the writer is out of a guarded logger's sight, so it is asked to look.
-            attempt = getattr(logger, "attempt", lambda action: action())
-            attempt(partial(_add, logger, summaries))
+            add = partial(_add, logger, summaries)
+            if isinstance(logger, _Guarded):  # the file below the writer is out of its sight
+                logger.attempt(add)
+            else:
+                add()
 
 
 def _add(logger: TensorBoardLogger, summaries: Iterable[Any]) -> None:

@@ -23,9 +23,9 @@ _FAILURES = 3  # saves in a row that may fail before the run stops: until then w
 class RunCheckpoint(Checkpoint):
     """A checkpoint in ``folder`` every ``every_steps`` steps and at the end; the newest ``keep`` stay.
 
-    With ``asynchronous`` training goes on while one is written. One that cannot be written is warned of, and the run
-    stops at the third in a row, or if it is the last. After an exception the last step that was made is saved too, if
-    there is one process: several could not be sure of each other.
+    With ``asynchronous`` training goes on while one is written. Either way one that cannot be written is warned of, and
+    the run stops at the third in a row, or if it is the last. After an exception the last step that was made is saved
+    too, if there is one process: several could not be sure of each other.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._save(trainer)
+        self._save(trainer, last=True)
         self._wait(last=True)
 
     def on_exception(
@@ -86,14 +86,17 @@ class RunCheckpoint(Checkpoint):
         assert isinstance(pl_module, DeepStackModule)
         consistent = trainer.optimizers and trainer.global_step and not pl_module.updating
         if consistent and not several() and not isinstance(exception, SaveFailed):
-            self._save(trainer)
-            self._wait(last=False)
+            try:
+                self._save(trainer, last=True)
+                self._wait(last=True)
+            except SaveFailed as error:  # not in the place of what ends the run
+                rank_zero_warn(str(error))
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         if self._saver is not None:
             self._saver.close()
 
-    def _save(self, trainer: lightning.Trainer) -> None:
+    def _save(self, trainer: lightning.Trainer, *, last: bool = False) -> None:
         step = trainer.global_step
         if step == self._saved:
             return
@@ -102,19 +105,22 @@ class RunCheckpoint(Checkpoint):
         try:
             trainer.save_checkpoint(self.store.folder / f"step {step}", weights_only=False)
         except SaveFailed as error:
-            self._failed(error, last=False)
+            self._failed(error, last=last)
+        else:
+            if not self.asynchronous:  # else it is begun, and nobody knows
+                self._failures = 0
 
     def _wait(self, *, last: bool) -> None:
         assert self._saver is not None
         try:
-            self._saver.wait()
+            if self._saver.wait():
+                self._failures = 0
         except SaveFailed as error:
             self._failed(error, last=last)
-        else:
-            self._failures = 0
 
     def _failed(self, error: SaveFailed, *, last: bool) -> None:
         self._failures += 1
+        self._saved = -1  # the last step's is tried once more at the end
         if last or self._failures >= _FAILURES:
             raise error
         rank_zero_warn(f"{error} Training goes on; the next checkpoint is due in {self.every_steps} steps.")

@@ -177,8 +177,8 @@ class Saver:
         draft = _draft(step, staged, plain, mine, facts)
         self._pending = self._thread.submit(self._store._write, draft, self._group)
 
-    def wait(self, timeout: float | None = None) -> None:
-        """Until what was started is saved, for ``timeout`` seconds at most.
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until what was started is saved, for ``timeout`` seconds at most; whether something was.
 
         Raises:
             SaveFailed: it is not.
@@ -187,6 +187,7 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result(timeout)
+        return pending is not None
 
     def close(self) -> None:
         """Wait, and end the thread."""

@@ -20,6 +20,7 @@ from deepstack_pl.training.config import StrategyConfig
 
 _WARM = 10  # steps after which nothing is compiled, measured or fetched any more
 _EVERY = 5.0  # seconds between two signs of life
+_FORWARD, _UPDATE = "forward and backward", "update"
 _BETWEEN = "between batches"  # evaluation and checkpoints, too
 
 
@@ -57,12 +58,12 @@ class Watchdog(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: MultimodalBatch, batch_idx: int
     ) -> None:
         self._size = tuple(batch.input_ids.shape)
-        self._at("forward and backward", trainer.global_step, batch.keys)
+        self._at(_FORWARD, trainer.global_step, batch.keys)
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        self._at("update", trainer.global_step)
+        self._at(_UPDATE, trainer.global_step)
 
     def on_train_batch_end(
         self,
@@ -87,13 +88,22 @@ class Watchdog(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         self._stop()
-        if isinstance(exception, torch.OutOfMemoryError):
-            rows, positions = self._size
-            _say(
-                f"process {rank()} ran out of memory in step {self._beat['step']}, {self._beat['phase']}: {rows} rows "
-                f"of {positions} positions, samples {', '.join(self._beat['samples'][:3])}. "
-                "Lower data.micro_batch_size; dry_run=step tries the worst batch there can be.\n"
+        if isinstance(exception, torch.OutOfMemoryError) and self._beat:  # else it was before training
+            _say(f"process {rank()} ran out of memory in step {self._beat['step']}, {self._why()}\n")
+
+    def _why(self) -> str:
+        """Where memory was too small; a batch that is done is not named for what came after it."""
+        phase, samples = self._beat["phase"], ", ".join(self._beat["samples"][:3])
+        if phase not in (_FORWARD, _UPDATE):
+            return (
+                f"{phase}: no batch was being trained on. The traceback says what asked for it; where that is "
+                "evaluation, lower evaluation.batch_size."
             )
+        rows, positions = self._size
+        return (
+            f"{phase}: {rows} rows of {positions} positions, samples {samples}. Lower data.micro_batch_size; "
+            "dry_run=step tries the worst batch there can be."
+        )
 
     def _at(self, phase: str, step: int, keys: list[str] | None = None) -> None:
         self._last = time.monotonic()
