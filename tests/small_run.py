@@ -44,6 +44,7 @@ LLM = LLMConfig(
         "max_position_embeddings": 512,
     },
 )
+TALKATIVE = replace(LLM, architecture={**LLM.architecture, "initializer_range": 0.3})  # answers hang on the picture
 STACKED = ModelConfig(name="deepstack_l", start_layer=1)
 SCRATCH = StageConfig(name="scratch")
 FROZEN = PartConfig(trained=False)

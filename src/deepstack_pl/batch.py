@@ -57,10 +57,11 @@ class Refused(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One utterance; ``<image>`` in it stands for the next image."""
+    """One utterance; ``<image>`` in it stands for the next image, unless it is ``plain``: what a model wrote."""
 
     role: Role
     text: str
+    plain: bool = False
 
 
 @dataclass(kw_only=True, slots=True)

@@ -283,7 +283,7 @@ def test_a_picture_that_cannot_be_read_ends_no_run_after_its_training(
 def test_two_processes_find_what_one_finds(run: Path) -> None:
     assert evaluate("evaluation=[textvqa,chartqa]", "evaluation.batch_size=2") == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    words = ["ckpt=run", "evaluation=[textvqa,chartqa]", "evaluation.batch_size=2", "to=two", "device=cpu"]
+    words = ["ckpt=run", "evaluation=[textvqa,chartqa]", "evaluation.batch_size=5", "to=two", "device=cpu"]
     done = subprocess.run(
         [*launch, str(CONF.parent / "evaluate.py"), *words], capture_output=True, text=True, timeout=240
     )

@@ -54,6 +54,7 @@ def ask(*answers: str, kind: str = "", image: str = "1.jpg", choices: tuple[str,
         ("red/blue", "red blue", "red blue"),  # a mark within a word is a space
         ("red /blue", "red blue", "red blue"),  # beside a space it is nothing
         ("1,000 red-ish", "1000 red ish", "1000 redish"),  # a comma in a number lets all marks vanish
+        ("1,,000 red-ish", "1000 red ish", "1 000 red ish"),  # two commas are none in a number
         ("3.5 ft.", "3.5 ft", "3.5 ft"),  # a full stop before a digit stays
         ("U.S.A", "usa", "usa"),
         (" a\tb\nc ", "b c", "b c"),
@@ -132,6 +133,7 @@ def test_the_distance_of_words_is_a_distance(first: str, second: str, third: str
         ("5%", "5.2%", True),
         ("5%", "0.05", True),
         ("5%", "5", False),  # a percentage is a hundredth
+        ("5%", "5%%", True),  # the published scorer strips them all
         ("0", "0", True),
         ("0", "0.0", False),  # no number is within 5 % of none
         ("Yes", "yes ", True),
@@ -223,6 +225,8 @@ def test_the_interval_of_f1_is_never_a_point() -> None:
     ("said", "letter"),
     [
         ("A", "A"), ("b", "B"), ("C.", "C"), ("(D)", "D"), ("(b).", "B"), ("B: a cat", "B"), ("B. a dog", "B"),
+        ("A.dog", "A"), ("B)cat", "B"), ("(C)it", "C"), ("D:a.m.", "D"), ("B.), a cat", "B"), ("B, a cat", "B"),
+        ("B,cat", None),
         ("A\nbecause", "A"), ("a dog", "A"), ("A cat.", "B"), ("a.m.", "D"), ("B", "B"), ("A bird", None), ("E", None),
         ("Dog", None), ("The answer is B", None), ("", None),
     ],

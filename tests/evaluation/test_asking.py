@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from benchmark_files import write_benchmark
 from PIL import Image
-from small_run import small_model, small_processor
+from small_run import STACKED, TALKATIVE, small_model, small_processor
 
 from deepstack_pl.batch import Refused
 from deepstack_pl.evaluation.asking import ask, ask_and_keep
@@ -60,14 +60,23 @@ def stop_after(count: int):
     return advance
 
 
-def test_answers_do_not_depend_on_the_batch(model, benchmark):
-    one, two, all_at_once = (
-        ask(model, small_processor(), benchmark, TasksConfig(batch_size=size)) for size in (1, 2, 64)
-    )
-    assert one == two == all_at_once
-    assert [line.index for line in one] == list(range(6))
+def test_answers_do_not_depend_on_the_batch(tmp_path):
+    """Of a model that would answer otherwise were a question's groups another's: without groups it does."""
+    benchmark = opened(tmp_path / "chartqa", samples=12)
+    model = small_model(STACKED, TALKATIVE).eval()
+
+    def asked(size, **how):
+        return ask(model, small_processor(STACKED), benchmark, TasksConfig(batch_size=size), **how)
+
+    one, two, five, all_at_once = (asked(size) for size in (1, 2, 5, 64))
+    assert one == two == five == all_at_once
+    assert [line.index for line in one] == list(range(12))
     assert [line.key for line in one] == [question.key for question in benchmark.questions]
-    assert any(line.prediction for line in one)
+    without = asked(5, injections=False)
+    assert without == asked(1, injections=False)
+    assert sum(line.prediction != other.prediction for line, other in zip(one, without, strict=True)) >= 6
+    pictures = [line.prediction for line in one[::2]]
+    assert len(set(pictures)) >= 4, "six pictures, and what is said hangs on them"
 
 
 def test_an_answer_is_scored_against_its_own_question(model, benchmark):

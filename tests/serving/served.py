@@ -6,14 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import uvicorn
 from PIL import Image
-from small_run import LLM, STACKED, Pages, small_model, small_processor
+from small_run import STACKED, TALKATIVE, Pages, small_model, small_processor
 
 from deepstack_pl.batch import Record, Role, Turn
 from deepstack_pl.serving.api import make_app
@@ -21,7 +20,6 @@ from deepstack_pl.serving.config import Limits
 from deepstack_pl.serving.session import Session
 from deepstack_pl.stacking.config import ModelConfig
 
-TALKATIVE = replace(LLM, architecture={**LLM.architecture, "initializer_range": 0.3})
 WORDS = ("red teal", "Which colours?", "Name the weaves in reading order.", "gold", "What is left of the navy one?")
 
 

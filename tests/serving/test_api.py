@@ -4,8 +4,10 @@ import base64
 import http.client
 import json
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,8 +17,11 @@ import pytest
 from fastapi.responses import JSONResponse
 from served import a_session, asked, data_uri, picture, png, record, running
 
+from deepstack_pl.batch import Record, Role, Turn
+from deepstack_pl.serving import asked as requests
 from deepstack_pl.serving.config import Limits, Settings
 from deepstack_pl.serving.guard import Guard
+from deepstack_pl.serving.replies import Refusal
 from deepstack_pl.serving.session import Session
 from deepstack_pl.stacking.config import ModelConfig
 
@@ -39,6 +44,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "root" / "inner.png").symlink_to(folder / "root" / "page.png")
     (folder / "root" / "loop.png").symlink_to(folder / "root" / "loop.png")
     (folder / "root" / "large.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(300_000))
+    (folder / "root" / "half.png").write_bytes(png(picture()).ljust(120_000, b"\0"))
+    (folder / "root" / "within").symlink_to(folder / "root" / "deep")
     return folder / "root"
 
 
@@ -144,8 +151,8 @@ def test_models_and_health_say_what_answers(client: openai.OpenAI, server: str, 
         ({"tools": [{"type": "function"}]}, "tools="),
         ({"response_format": {"type": "json_object"}}, "response_format="),
         ({"presence_penalty": 0.5}, "presence_penalty=0.5"),
-        ({"top_k": 5}, "top_k: this server has no such field"),
-        ({"injection": False}, "injection: this server has no such field"),
+        ({"top_k": 5}, "'top_k': this server has no such field"),
+        ({"injection": False}, "'injection': this server has no such field"),
         ({"injections": "no"}, "injections='no': must be true or false"),
         ({"temperature": "1"}, "temperature='1': must be a number"),
         ({"temperature": 3}, "temperature=3: must be 0"),
@@ -158,12 +165,21 @@ def test_models_and_health_say_what_answers(client: openai.OpenAI, server: str, 
         ({"messages": []}, "messages is empty"),
         ({"messages": "hello"}, "messages='hello': must be a list"),
         ({"messages": [{"role": "system", "content": "Be brief."}]}, "templates have user and assistant alone"),
-        ({"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, "messages.0..name: templates have no such"),
+        (
+            {"messages": [{"role": "user", "content": "a", "name": "Ann"}]},
+            "messages.0., 'name': templates have no such",
+        ),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages end with no question"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "must be {'type': 'text'"),
-        ({"messages": [{"role": "user", "content": "<image>"}]}, "1 image placeholders, but 0 images"),
+        (
+            {"messages": [{"role": "user", "content": "What is <image>?"}]},
+            "<image> is where a picture goes, and no word",
+        ),
         ({"messages": [{"role": "user", "content": "red " * 4000}]}, "Questions are never cut"),
         ({"messages": asked("a", PAGE, PAGE, PAGE)["messages"]}, "3 pictures in one conversation"),
+        ({"messages": asked("a")["messages"] * 257}, "257 messages, but the model's conversations have 256 positions"),
+        ({"messages": asked("a" * 32_768)["messages"]}, "32,769 characters, and no more than 32,768 fit into the 256"),
+        ({"stop": ["a" * 1_001]}, "a string of 1,001 characters is longer than 1,000"),
     ],
 )
 def test_what_would_change_the_answer_in_silence_is_refused_by_name(
@@ -206,6 +222,7 @@ def bomb(width: int, height: int) -> bytes:
         (["data:image/png,nonsense"], "must begin as data:image/png;base64,"),
         (["data:text/html;base64,YQ=="], "must begin as data:image/png;base64,"),
         (["data:image/png;base64,*"], "is not base64"),
+        ([f"data:image/png;{'a' * 100};base64,*"], r"the comma of 'data:image/png;a+\.\.\.' is not base64"),
         ([data_uri(b"<html>")], "a web page instead of a picture"),
         ([data_uri(png(picture())[:60])], "cut off or damaged"),
         ([data_uri(bomb(40_000, 40_000))], "an image of .* pixels; at most 64,000,000 are decoded"),
@@ -221,6 +238,11 @@ def bomb(width: int, height: int) -> bytes:
         (["file://ROOT"], "there is no such file"),
         (["file://ROOT/loop.png"], "is not in the folder|there is no such file"),
         (["file://ROOT/large.png"], "is larger than the 200,000 bytes"),
+        (
+            ["file://ROOT/half.png"] * 2,
+            r"content.1.: .*half.png' is larger than the 80,000 bytes that --max-body-mb leaves",
+        ),
+        ([f"file://ROOT/within/{'a' * 300}.png"], r"'file:.*\.\.\.' cannot be read\."),
     ],
 )
 def test_pictures_that_are_no_pictures_or_not_to_be_read_are_refused(
@@ -238,6 +260,57 @@ def test_files_below_the_root_are_read_also_through_links_within_it(
         assert done.choices[0].message.content == expected(session, "gold")
 
 
+def test_a_file_that_cannot_be_read_does_not_say_where_links_lead(server: str, root: Path) -> None:
+    """The system's own sentence has the path behind them."""
+    body = json.dumps(asked("gold", f"file://{root}/within/{'a' * 300}.png")).encode()
+    status, said = post(server, body)
+    assert (status, "deep" in said["error"]["message"]) == (400, False)
+
+
+def test_pictures_are_counted_before_any_is_read(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    monkeypatch.setattr(requests, "bytes_of", lambda *args, **how: pytest.fail("a picture was read"))
+    many = asked("gold", *[f"file://{root}/page.png"] * 50)
+    many["messages"] = [*many["messages"], {"role": "assistant", "content": "red"}, *many["messages"]]
+    with pytest.raises(Refusal, match="100 pictures in one conversation; --max-images allows 2"):
+        requests.read_request(many, model="tiny", limits=LIMITS, positions=256, root=root)
+
+
+def test_others_are_served_while_a_request_is_read(
+    monkeypatch: pytest.MonkeyPatch, client: openai.OpenAI, session: Session
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    right = requests.bytes_of
+
+    def slowly(*args: Any, **how: Any) -> bytes:
+        begun.set()
+        assert go_on.wait(20)
+        return right(*args, **how)
+
+    monkeypatch.setattr(requests, "bytes_of", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.chat.completions.create, **asked("gold", PAGE))
+        assert begun.wait(20)
+        try:
+            assert client.with_options(timeout=5).models.retrieve("tiny").id == "tiny"
+        finally:
+            go_on.set()
+        assert waiting.result().choices[0].message.content == expected(session, "gold")
+
+
+def test_an_answer_that_spells_a_placeholder_does_not_break_the_next_turn(
+    client: openai.OpenAI, session: Session
+) -> None:
+    body = asked("gold", PAGE)
+    body["messages"] += [{"role": "assistant", "content": "an <image>."}, {"role": "user", "content": "Really?"}]
+    done = client.chat.completions.create(**body)
+    first = record("gold", picture())
+    turns = (*first.turns, Turn(Role.assistant, "an <image>.", plain=True), Turn(Role.user, "Really?"))
+    question = session.question(Record(key="again", turns=turns, images=first.images), max_tokens=24)
+    assert done.usage is not None
+    assert done.usage.prompt_tokens == len(question.sample.input_ids)
+    assert done.choices[0].message.content == session.answer([question])[0].text
+
+
 def test_no_file_is_read_without_a_root(session: Session, root: Path) -> None:
     with running(session) as address:
         status, said = post(address, json.dumps(asked("gold", f"file://{root}/page.png")).encode())
@@ -251,6 +324,11 @@ def test_no_file_is_read_without_a_root(session: Session, root: Path) -> None:
         (b"[" * 100_000, {}, 400, "no JSON"),
         (b"[]", {}, 400, "no JSON object"),
         (json.dumps(asked("\ud800")).encode(), {}, 400, "half a character"),
+        (json.dumps(asked("a", **{"\ud800": 1})).encode(), {}, 400, "'\\ud800': this server has no such field"),
+        (json.dumps(asked("a", **{"b" * 999: 1})).encode(), {}, 400, f"'{'b' * 76}...: this server has no such field"),
+        (json.dumps(asked("a") | {"messages": [{"\ud800": 1}]}).encode(), {}, 400, "'\\ud800': templates have no such"),
+        (json.dumps(asked("a", "data:image/\ud800;base64,*")).encode(), {}, 400, "is not base64"),
+        (json.dumps({"\ud800": 1, "image": 1}).encode(), {}, 400, "\\ud800"),
         (b" " * 200_001, {}, 413, "larger than the 200,000 bytes that --max-body-mb allows"),
         (b" " * 2_000_000, {}, 413, "larger than the 200,000 bytes"),
         (b"{}", {"Content_Type": "text/plain"}, 415, "Content-Type must be application/json"),

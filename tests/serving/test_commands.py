@@ -12,7 +12,9 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from served import a_run, asked, picture, record
@@ -22,7 +24,7 @@ from deepstack_pl.batch import Record, Role, Turn
 from deepstack_pl.cli.main import main
 from deepstack_pl.serving import talk
 from deepstack_pl.serving.config import Settings
-from deepstack_pl.serving.session import Session
+from deepstack_pl.serving.session import Answer, Session
 
 ENTRY = "from deepstack_pl.cli.main import entry; entry()"
 SOURCE = str(Path(__file__).parents[2] / "src")
@@ -89,8 +91,21 @@ def test_what_cannot_be_answered_is_a_sentence_and_the_talk_goes_on(run: Path, t
     sentences = err.strip().splitlines()
     assert [*map(bool, map(re.search, (
         "none.png: there is no such file", "text.png: cannot read this image", "/shout: there is no such command",
-        "/injections maybe: there is no such", "1 image placeholders, but 0 images were given",
+        "/injections maybe: there is no such", "<image> is where a picture goes, and no word: give",
     ), sentences))] == [True] * 5  # fmt: skip
+
+
+def test_an_answer_that_spells_a_placeholder_does_not_break_the_next_turn(
+    run: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Session.answer
+
+    def spelling(*args: Any) -> list[Answer]:
+        return [replace(each, text=f"{each.text} <image>") for each in right(*args)]
+
+    monkeypatch.setattr(Session, "answer", spelling)
+    status, out, err = typed("--image", "page0.png", lines="Which colours?\nReally?\nAgain?")
+    assert (status, out.count("[cut after 12 tokens]"), err) == (0, 3, "")
 
 
 @pytest.mark.parametrize(

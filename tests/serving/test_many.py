@@ -174,6 +174,57 @@ def test_a_server_that_stops_gives_up_what_it_answers() -> None:
     assert time.monotonic() - began < 8, "500 tokens would take 10 seconds"
 
 
+class Small(Session):
+    """Fails with more than ``room`` questions at once, after ``said`` of them were heard; and with "bad" always."""
+
+    def __init__(self, session: Session, room: int, said: int = 0) -> None:
+        super().__init__(session.model, session.processor, session.name)
+        self.room, self.said, self.open, self.batches = room, said, threading.Event(), list[int]()
+        self.bad = self.question(record("bad"), max_tokens=4).sample.input_ids.tolist()
+
+    def answer(self, questions: Any, hear: Any = None, cancelled: Any = None) -> list[Answer]:
+        assert self.open.wait(20)
+        self.batches.append(len(questions))
+        for own in hear[: self.said if len(questions) > self.room else 0]:
+            own("begun")
+        if len(questions) > self.room or any(each.sample.input_ids.tolist() == self.bad for each in questions):
+            raise RuntimeError("out of memory")
+        return super().answer(questions, hear, cancelled)
+
+
+@pytest.mark.parametrize("said", [0, 1])
+def test_of_a_batch_that_fails_only_those_fail_that_fail_alone_or_were_heard(
+    said: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = Small(a_session(), room=2, said=said)
+    batcher = Batcher(session, batch=4, queue=9)
+    texts = ("first", "gold", "red teal", "bad", "Which colours?")
+    done: dict[str, Any] = {}
+    heard: dict[str, list[str]] = {text: [] for text in texts}
+    for text in texts:
+        question = session.question(record(text), max_tokens=4)
+        with batcher.place():
+            batcher.submit(
+                Waiting(
+                    question=question, hear=heard[text].append, done=lambda said, text=text: done.update({text: said})
+                )
+            )
+        if text == "first":
+            until(lambda: batcher.answering == 1)
+    session.open.set()
+    until(lambda: len(done) == len(texts))
+    until(lambda: batcher.answering == 0)
+    batcher.close()
+    assert session.batches == [1, 4, *[1] * (4 - said)]
+    fails = {"bad", *texts[1 : 1 + said]}
+    assert {text for text, outcome in done.items() if isinstance(outcome, RuntimeError)} == fails
+    for text in set(texts) - fails:
+        (alone,) = Session.answer(session, [session.question(record(text), max_tokens=4)])
+        assert done[text] == alone
+        assert "".join(heard[text]) == alone.text
+    assert f"4 questions failed together (RuntimeError): the {4 - said} of which" in capsys.readouterr().err
+
+
 class Gate(Session):
     """Answers once it is open, and remembers its batches."""
 
@@ -217,3 +268,29 @@ def test_a_batch_holds_what_waits_longest_and_all_that_is_asked_as_that_is() -> 
     assert not batcher.alive
     with pytest.raises(Full), batcher.place():
         pass
+
+
+def test_who_left_takes_no_place_in_the_queue() -> None:
+    session = Gate(a_session())
+    batcher = Batcher(session, batch=1, queue=2)
+    question = session.question(record("gold"), max_tokens=2)
+    done: list[Answer | Exception] = []
+
+    def submit() -> Waiting:
+        with batcher.place():
+            waiting = Waiting(question=question, hear=lambda text: None, done=done.append)
+            batcher.submit(waiting)
+        return waiting
+
+    submit()
+    until(lambda: batcher.answering == 1)
+    waiting = [submit(), submit()]
+    with pytest.raises(Full), batcher.place():
+        pass
+    waiting[0].give_up()
+    assert batcher.waiting == 1
+    submit()
+    session.open.set()
+    until(lambda: len(done) == 4)
+    assert [each.finish == "cancelled" for each in done if isinstance(each, Answer)] == [True, False, False, False]
+    batcher.close()

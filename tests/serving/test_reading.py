@@ -1,5 +1,7 @@
 """Tokens to text while they come."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,6 +84,18 @@ def test_bytes_that_never_become_a_character_are_heard_at_the_end(kind: str) -> 
 def test_a_row_ends_at_its_own_number_of_tokens_and_hears_no_more() -> None:
     row, pieces = heard(TOKENIZERS["byte level"], "abcabc", most=4)
     assert ("".join(pieces), row.finish, row.tokens) == ("abca", "length", 4)
+
+
+def test_a_long_stop_string_costs_no_more_than_the_answer_is_long() -> None:
+    tokenizer, times = TOKENIZERS["byte level"], list[float]()
+    token = tokenizer.encode("a", add_special_tokens=False)[0]
+    for stop in ("b" * 1_000, "b" * 30_000):
+        row = Row(tokenizer, {END}, stop=(stop,), most=100, hear=lambda text: None, cancelled=lambda: False)
+        start = time.perf_counter()
+        for _ in range(10):
+            row.write(token)
+        times.append(time.perf_counter() - start)
+    assert times[1] < times[0] + 0.1, "30,000 beginnings of 15,000 letters are a second and more"
 
 
 def test_a_row_that_nobody_listens_to_is_over() -> None:

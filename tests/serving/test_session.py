@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from served import TALKATIVE, a_run, a_session, picture, record, records
-from small_run import STACKED, small_model, small_processor
+from served import a_run, a_session, picture, record, records
+from small_run import STACKED, TALKATIVE, small_model, small_processor
 
 from deepstack_pl.evaluation.runner import generate
 from deepstack_pl.serving.config import Limits, Settings

@@ -79,6 +79,27 @@ def png_header(width: int, height: int) -> bytes:
     )
 
 
+def tif(side: int, tile: int | None = None, *, twice: bool = False) -> bytes:
+    """A black square of this side, deflated; in one tile of its own size, or in one strip that says a million rows."""
+    packed = zlib.compressobj(9)
+    rows = range(tile or side)
+    pixels = b"".join([*(packed.compress(bytes(3 * len(rows))) for _ in rows), packed.flush()])
+    tags = {256: [side], 257: [side], 258: [8] * 3, 259: [8], 262: [2], 277: [3]}
+    where, length = (324, 325) if tile else (273, 279)
+    tags |= {322: [tile], 323: [tile]} if tile else {278: [1_000_000]}
+    entries = [*(tags | {where: [0], length: [len(pixels)]}).items()]
+    entries += [(number, [16]) for number in (322, 323) if twice]
+    after = 8 + 2 + 12 * len(entries) + 4
+    lines = [
+        struct.pack(
+            "<HHII", number, 4, len(values), after if len(values) > 1 else after + 12 if number == where else values[0]
+        )
+        for number, values in sorted(entries, key=lambda entry: entry[0])
+    ]
+    head = b"II*\0" + struct.pack("<IH", 8, len(lines)) + b"".join(lines) + bytes(4)
+    return head + struct.pack("<III", 8, 8, 8) + pixels
+
+
 def refusal(data: bytes) -> str:
     with pytest.raises(Refused) as caught:
         decode_image(data, "k")
@@ -205,6 +226,40 @@ def test_a_huge_header_is_refused_in_milliseconds_and_without_memory() -> None:
         assert "pixels; at most 64,000,000 are decoded. Scale it down, or leave it out." in said
         with pytest.raises(Refused, match="at most 64,000,000"):
             image_size(data)
+
+
+def test_a_tif_is_not_decoded_in_tiles_that_are_larger_than_any_picture() -> None:
+    """A tile of 36,000 x 36,000 zeros is 5.6 MB in the file, and 3.9 GB in memory, for a picture of 16 x 16."""
+    assert decode_image(tif(16, 512), "k").size == (16, 16)
+    assert decode_image(tif(16), "k").size == (16, 16)
+    large = tif(16, 9_000)
+    said = refusal(large)
+    assert "an image in tiles of 9000 x 9000 pixels, 4 bytes each; at most 256,000,000 bytes of a tile" in said
+    with pytest.raises(Refused, match="tiles of 9000 x 9000"):
+        image_size(large)
+
+
+def test_a_tif_that_says_its_tiles_size_twice_is_refused() -> None:
+    """Pillow would read 16, the last, and libtiff decode the first."""
+    assert "cannot read this image" in refusal(tif(16, 9_000, twice=True))
+
+
+def test_a_tif_that_ends_within_its_tags_is_refused() -> None:
+    data = tif(16, 512)
+    for cut in range(9, len(data) - 1, 5):
+        assert "cut off or damaged" in refusal(data[:cut])
+
+
+def test_a_side_has_an_end_and_long_pictures_are_read() -> None:
+    for size in ((64_000_000, 1), (1, 65_537)):
+        start = time.perf_counter()
+        said = refusal(png_header(*size))
+        assert time.perf_counter() - start < 0.1
+        assert f"an image of {size[0]} x {size[1]} pixels; at most 65,536 on a side are decoded. Cut it" in said
+    assert image_size(png_header(65_536, 1)) == (65_536, 1)
+    file = BytesIO()
+    Image.new("RGB", (1, 20_000), "red").save(file, "PNG")
+    assert decode_image(file.getvalue(), "k").size == (1, 20_000)
 
 
 def test_no_decoder_runs_on_too_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:

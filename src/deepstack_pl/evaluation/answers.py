@@ -107,7 +107,7 @@ class RelaxedAccuracy(AnswerMetric):
 def _as_number(text: str) -> float | None:
     """What ``text`` says; None where it says no finite number."""
     try:
-        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        number = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         return None
     return number if isfinite(number) else None
@@ -177,7 +177,7 @@ def _says_no(prediction: str) -> bool:
 
 
 class MultipleChoice(AnswerMetric):
-    """The right option: by its letter (``B``, ``b.``, ``(B)``, ``B: a dog``), or by its text alone.
+    """The right option: by its letter (``B``, ``b.``, ``(B)``, ``B: a dog``, ``B.dog``), or by its text alone.
 
     ``unparsed`` counts answers that name no option; they are wrong.
     """
@@ -209,7 +209,7 @@ def chosen(choices: Sequence[str], prediction: str) -> str | None:
     same = [letter for letter, text in zip(letters, choices, strict=True) if _plain(text) == _plain(said)]
     if len(same) == 1:
         return same[0]
-    first = re.match(rf"\(?([{letters}])([).:,]+\s|\n)", said, re.I)
+    first = re.match(rf"\(?([{letters}])([).:,]*[).:]|,+\s|\n)", said, re.I)
     return first[1].upper() if first else None
 
 

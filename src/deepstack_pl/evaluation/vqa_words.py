@@ -14,7 +14,7 @@ _NUMBERS = {
 } | {"none": "0"}
 _ARTICLES = frozenset(("a", "an", "the"))
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_COMMA_IN_NUMBER = re.compile(r"\d,+\d")
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
 _MOST_FULL_STOPS = int(re.UNICODE)  # the scorers pass this flag where re.sub takes how many to replace
 

@@ -9,8 +9,8 @@ published code does); where a token would straddle the border of a span, the str
 by itself. That choice at a border looks only at the text up to the end of the next span, so a prompt's ids are a
 prefix of the ids it was trained with, whatever the tokenizer merges.
 
-Text of a speaker is never read as a special token, except ``<image>``, which stands for the next image: a string such
-as ``<eos>`` in it is cut after its first character.
+Text of a speaker is never read as a special token: a string such as ``<eos>`` in it is cut after its first character.
+So is ``<image>`` where the turn is ``plain``; elsewhere it stands for the next image.
 
     >>> from deepstack_pl.batch import Role, Turn
     >>> turns = [Turn(Role.user, "<image>Name the colours."), Turn(Role.assistant, "red teal")]
@@ -254,7 +254,7 @@ def _pieces(span: Span, special: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
         if stop - start > 1 and not any(first <= start and stop <= last for first, last in span.own):
             cuts.add(start + 1)
     images = [match.start() for match in re.finditer(IMAGE, span.text)]
-    cuts |= {edge for start in images for edge in (start, start + len(IMAGE))}
+    cuts |= {edge for start in images for edge in ((start + 1,) if span.plain else (start, start + len(IMAGE)))}
     edges = sorted(cuts | {0, len(span.text)})
     for start, stop in pairwise(edges):
         yield span.text[start:stop], start in cuts

@@ -147,12 +147,15 @@ TEMPLATES: dict[str, Template] = {
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Text that is given or learned as a whole. ``own`` are the template's own parts, as offsets into ``text``."""
+    """Text that is given or learned as a whole. ``own`` are the template's own parts, as offsets into ``text``; where
+    it is ``plain``, ``<image>`` is a word of it.
+    """
 
     turn: int
     learned: bool
     text: str
     own: tuple[tuple[int, int], ...]
+    plain: bool = False
 
 
 def render(turns: Sequence[Turn], template: Template) -> str:
@@ -192,7 +195,7 @@ def spans_of(turns: Sequence[Turn], template: Template) -> list[Span]:
             before, text, after = template.answer_lead, said, template.assistant_suffix
         whole = before + text + after
         own = ((0, len(before)), (len(whole) - len(after), len(whole)))
-        spans.append(Span(place, turn.role is Role.assistant, whole, own))
+        spans.append(Span(place, turn.role is Role.assistant, whole, own, turn.plain))
     return spans
 
 

@@ -90,6 +90,7 @@ def read_messages(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], tuple[
             )
         parts: Any = [{"type": "text", "text": content}] if isinstance(content, str) else content
         lines: list[str] = []
+        before = len(images)
         for part in parts:
             match part:
                 case {"type": "text", "text": str(text)}:
@@ -102,7 +103,8 @@ def read_messages(messages: Sequence[Message]) -> tuple[tuple[Turn, ...], tuple[
                         f"Message {place} has the part {part!r}. A part is {{'type': 'text', 'text': ...}}, or "
                         "{'type': 'image', 'image': ...} with a PIL image or the path of a file."
                     )
-        turns.append(Turn(Role(role), "\n".join(lines)))
+        shows = len(images) > before
+        turns.append(Turn(Role(role), "\n".join(lines), plain=role == Role.assistant.value and not shows))
     return tuple(turns), tuple(images)
 
 

@@ -21,10 +21,10 @@ from starlette.types import Receive, Scope, Send
 
 from deepstack_pl.inspection.dealt import dealt_figure
 from deepstack_pl.inspection.plots import plan_figure
-from deepstack_pl.serving.asked import Asked, read_request
+from deepstack_pl.serving.asked import read_request
 from deepstack_pl.serving.batcher import Batcher, Full, Waiting
 from deepstack_pl.serving.config import Limits
-from deepstack_pl.serving.guard import Guard, read_json, refused
+from deepstack_pl.serving.guard import Guard, read_body, read_json, refused
 from deepstack_pl.serving.page import PAGE, POLICY
 from deepstack_pl.serving.pictures import bytes_of, decoded
 from deepstack_pl.serving.replies import Completion, Refusal
@@ -65,7 +65,8 @@ class _Service:
         self._session, self._limits, self._root = session, limits, root
         self._batcher = Batcher(session, batch=limits.batch, queue=limits.queue)
         self._since = int(time.time())
-        # One request's pictures are decoded at a time, and figures beside it: 64 million pixels are 192 MB.
+        # Requests are read beside the loop, which has others to serve. One request's pictures are decoded at a time,
+        # and figures beside it: 64 million pixels are 192 MB.
         self._preparing, self._drawing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def close(self) -> None:
@@ -102,43 +103,50 @@ class _Service:
 
     async def completions(self, request: Request) -> Response:
         with _placed(self._batcher):
-            body = await read_json(request, self._limits.body)
-            asked = read_request(body, model=self._session.name, limits=self._limits, root=self._root)
-            del body
+            body = await read_body(request, self._limits.body)
             loop = asyncio.get_running_loop()
-            question = await loop.run_in_executor(self._preparing, self._question, asked)
+            question, stream, usage = await loop.run_in_executor(self._preparing, self._question, body)
+            del body
             listener = _Listener(loop)
             waiting = Waiting(question=question, hear=listener.hear, done=listener.hear)
             self._batcher.submit(waiting)
         completion = Completion(self._session.name, self._session.plan.digest)
-        if asked.stream:
-            return _Stream(_events(listener, completion, asked.usage), waiting)
+        if stream:
+            return _Stream(_events(listener, completion, usage), waiting)
         return await _whole(request, listener, completion, waiting)
 
     async def dealt(self, request: Request) -> Response:
         """Figures of one picture: which token of which tile enters before which layer; and the plan as text."""
         with _placed(self._batcher):
-            body = await read_json(request, self._limits.body)
-            url = body.get("image") if isinstance(body, dict) and body.keys() == {"image"} else None
-            if not isinstance(url, str):
-                raise Refusal(400, "The body must be {'image': 'data:image/png;base64,...'}.", field="image")
-            return JSONResponse(await asyncio.get_running_loop().run_in_executor(self._drawing, self._figures, url))
+            body = await read_body(request, self._limits.body)
+            return JSONResponse(await asyncio.get_running_loop().run_in_executor(self._drawing, self._figures, body))
 
     def _about(self) -> dict[str, Any]:
         return {"id": self._session.name, "object": "model", "created": self._since, "owned_by": "deepstack_pl"}
 
-    def _question(self, asked: Asked) -> Question:
+    def _question(self, body: bytes) -> tuple[Question, bool, bool]:
+        """What is asked, whether as a stream, and whether with counts; of the pictures their views alone stay."""
+        session = self._session
+        positions = session.processor.max_length
+        asked = read_request(
+            read_json(body), model=session.name, limits=self._limits, positions=positions, root=self._root
+        )
         try:
-            return self._session.question(
+            question = session.question(
                 asked.record(), max_tokens=asked.max_tokens, stop=asked.stop, settings=asked.settings
             )
         except ValueError as error:
             raise Refusal(400, str(error), field="messages") from error
+        return question, asked.stream, asked.usage
 
-    def _figures(self, url: str) -> dict[str, Any]:
+    def _figures(self, body: bytes) -> dict[str, Any]:
+        said = read_json(body)
+        url = said.get("image") if isinstance(said, dict) and said.keys() == {"image"} else None
+        if not isinstance(url, str):
+            raise Refusal(400, "The body must be {'image': 'data:image/png;base64,...'}.", field="image")
         try:
             (picture,) = decoded([("image", bytes_of(url, "image", root=self._root, most=self._limits.body))])
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise Refusal(400, str(error), field="image") from error
         processor, plan = self._session.processor, self._session.plan
         dealt = dealt_figure(picture, processor)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deepstack_pl.batch import Record, Role
+from deepstack_pl.language.template import IMAGE
 from deepstack_pl.multimodal.chat import read_messages
 from deepstack_pl.serving.config import Limits, Settings
 from deepstack_pl.serving.pictures import bytes_of, decoded
@@ -26,6 +27,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
+_STOP = 1_000  # characters of a stop string, which is looked for after every token
+_CHARACTERS = 128  # that a position may stand for: the longest tokens of common vocabularies are as many spaces
 _READ = {
     *("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream"),
     *("stream_options", "injections"),
@@ -59,8 +62,8 @@ class Asked:
         return Record(key="request", turns=turns, images=pictures)
 
 
-def read_request(body: Any, *, model: str, limits: Limits, root: Path | None) -> Asked:
-    """What ``body``, a JSON value, asks of ``model``.
+def read_request(body: Any, *, model: str, limits: Limits, positions: int, root: Path | None) -> Asked:
+    """What ``body``, a JSON value, asks of ``model``, whose conversations have at most ``positions``.
 
     Raises:
         Refusal: a field is wrong, or one that this server does not know.
@@ -73,7 +76,7 @@ def read_request(body: Any, *, model: str, limits: Limits, root: Path | None) ->
             if not any(value == neutral and type(value) is type(neutral) for neutral in _allowed(name)):
                 raise _wrong(name, value, "this server does not do that, and an answer without it would be another one")
         elif name not in _READ | _HARMLESS:
-            raise Refusal(400, f"{name}: this server has no such field. Leave it out.", field=name)
+            raise Refusal(400, f"{_short(name)}: this server has no such field. Leave it out.", field=_cut(name))
     name = _typed(given, "model", str, "the name of the model, as /v1/models says it")
     if name != model:
         says = f"model={name!r}: here is {model!r} alone. GET /v1/models lists it."
@@ -85,7 +88,7 @@ def read_request(body: Any, *, model: str, limits: Limits, root: Path | None) ->
     if options and not stream:
         raise _wrong("stream_options", options, "it is for stream=true")
     return Asked(
-        messages=_messages(given, limits, root),
+        messages=_messages(given, limits, positions, root),
         settings=_settings(given),
         max_tokens=_tokens(given, limits.tokens),
         stop=_stop(given.get("stop", ())),
@@ -102,8 +105,15 @@ def _allowed(name: str) -> tuple[Any, ...]:
 
 
 def _wrong(field: str, value: Any, rule: str) -> Refusal:
-    said = repr(value)
-    return Refusal(400, f"{field}={said if len(said) <= 80 else said[:77] + '...'}: {rule}.", field=field)
+    return Refusal(400, f"{field}={_short(value)}: {rule}.", field=field)
+
+
+def _short(value: Any) -> str:
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _typed(given: dict[str, Any], name: str, kind: type, rule: str, default: Any = ...) -> Any:
@@ -149,39 +159,64 @@ def _stop(value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or len(texts) > 4 or not all(isinstance(t, str) and t for t in texts):
         raise _wrong("stop", value, "must be a text, or up to four of them, none empty")
+    if (longest := max(map(len, texts), default=0)) > _STOP:
+        raise _wrong("stop", value, f"a string of {longest:,} characters is longer than {_STOP:,}. Shorten it")
     return tuple(texts)
 
 
-def _messages(given: dict[str, Any], limits: Limits, root: Path | None) -> list[dict[str, Any]]:
+def _messages(given: dict[str, Any], limits: Limits, positions: int, root: Path | None) -> list[dict[str, Any]]:
+    """The messages as `read_messages` takes them. All are counted before a picture is read or a text tokenised."""
     messages = _typed(given, "messages", list, "a list of messages")
-    read: list[dict[str, Any]] = []
-    images = 0
-    for place, message in enumerate(messages):
-        field = f"messages[{place}]"
-        if not isinstance(message, dict):
-            raise _wrong(field, message, "must be an object with role and content")
-        for name in sorted(key for key, value in message.items() if value not in (None, [])):
-            if name not in ("role", "content"):
-                raise Refusal(400, f"{field}.{name}: templates have no such thing. Leave it out.", field=field)
-        parts = message.get("content")
-        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
-        if not isinstance(parts, list) or not parts:
-            raise _wrong(f"{field}.content", parts, "must be a text, or a list of parts")
-        own = [_part(part, f"{field}.content[{number}]", limits, root) for number, part in enumerate(parts)]
-        pictures = sum(part["type"] == "image" for part in own)
-        if pictures and message.get("role") == Role.assistant.value:
-            raise Refusal(400, f"{field}: an assistant's message holds text alone. Leave its picture out.", field=field)
-        images += pictures
-        read.append({"role": message.get("role"), "content": own})
-    if not read:
+    if not messages:
         raise Refusal(400, "messages is empty: there is nothing to answer. Ask a question.", field="messages")
-    if images > limits.images:
-        says = f"{images} pictures in one conversation; --max-images allows {limits.images}. Send fewer."
+    if len(messages) > positions:
+        says = f"{len(messages):,} messages, but the model's conversations have {positions:,} positions. Begin anew."
         raise Refusal(400, says, field="messages")
+    read = [_message(message, f"messages[{place}]") for place, message in enumerate(messages)]
+    parts = [part for message in read for part in message["content"]]
+    pictures = [part for part in parts if part["type"] == "image"]
+    if len(pictures) > limits.images:
+        says = f"{len(pictures)} pictures in one conversation; --max-images allows {limits.images}. Send fewer."
+        raise Refusal(400, says, field="messages")
+    characters = sum(len(part.get("text", "")) + 1 for part in parts)  # each part is a line
+    if characters > _CHARACTERS * positions:
+        says = (
+            f"messages hold {characters:,} characters, and no more than {_CHARACTERS * positions:,} fit into the "
+            f"{positions:,} positions of the model's conversations. Questions are never cut: shorten it, or begin anew."
+        )
+        raise Refusal(400, says, field="messages")
+    left = limits.body
+    for part in pictures:
+        where, url = part["image"]
+        try:
+            part["image"] = (where, bytes_of(url, where, root=root, most=left))
+        except ValueError as error:
+            raise Refusal(400, str(error), field=where) from error
+        left = max(0, left - len(part["image"][1]))
     return read
 
 
-def _part(part: Any, where: str, limits: Limits, root: Path | None) -> dict[str, Any]:
+def _message(message: Any, field: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise _wrong(field, message, "must be an object with role and content")
+    for name in sorted(key for key, value in message.items() if value not in (None, [])):
+        if name not in ("role", "content"):
+            raise Refusal(400, f"{field}, {_short(name)}: templates have no such thing. Leave it out.", field=field)
+    parts = message.get("content")
+    parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+    if not isinstance(parts, list) or not parts:
+        raise _wrong(f"{field}.content", parts, "must be a text, or a list of parts")
+    own = [_part(part, f"{field}.content[{number}]") for number, part in enumerate(parts)]
+    if message.get("role") == Role.assistant.value:
+        if any(part["type"] == "image" for part in own):
+            raise Refusal(400, f"{field}: an assistant's message holds text alone. Leave its picture out.", field=field)
+    elif any(IMAGE in part.get("text", "") for part in own):
+        says = f"{field}: {IMAGE} is where a picture goes, and no word. Send pictures as image_url, or reword the text."
+        raise Refusal(400, says, field=field)
+    return {"role": message.get("role"), "content": own}
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
     match part:
         case {"type": "text", "text": str(text), **rest} if not rest:
             try:
@@ -194,10 +229,7 @@ def _part(part: Any, where: str, limits: Limits, root: Path | None) -> dict[str,
                 raise _wrong(f"{where}.image_url.detail", more["detail"], "the plan alone says how a picture is cut")
             if more.keys() - {"detail"}:
                 raise _wrong(f"{where}.image_url", sorted(more), "it has url alone")
-            try:
-                return {"type": "image", "image": (where, bytes_of(url, where, root=root, most=limits.body))}
-            except (ValueError, OSError) as error:
-                raise Refusal(400, str(error), field=where) from error
+            return {"type": "image", "image": (where, url)}
         case _:
             rule = "must be {'type': 'text', 'text': ...} or {'type': 'image_url', 'image_url': {'url': ...}}"
             raise _wrong(where, part, rule)

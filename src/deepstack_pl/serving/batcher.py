@@ -1,6 +1,8 @@
 """Questions of many clients to one model: what waits and has the same settings is answered as one batch."""
 
+import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +28,12 @@ class Waiting:
     hear: Callable[[str], None]
     done: Callable[[Answer | Exception], None]
     given_up: threading.Event = field(default_factory=threading.Event)
+    heard: bool = False
+
+    def say(self, text: str) -> None:
+        """Hand a piece of the answer on; from then on it cannot begin anew."""
+        self.heard = True
+        self.hear(text)
 
     def give_up(self) -> None:
         """Nobody listens any more: its answer ends at the next token, or never begins."""
@@ -33,7 +41,8 @@ class Waiting:
 
 
 class Batcher:
-    """One thread that answers, up to ``batch`` questions at a time; at most ``queue`` requests wait for it.
+    """One thread that answers, up to ``batch`` questions at a time; at most ``queue`` requests wait for it, those that
+    are given up not counted.
 
     A request takes its place before its body is read, so that bodies in memory are bounded, too.
     """
@@ -53,7 +62,7 @@ class Batcher:
     def waiting(self) -> int:
         """Requests that have a place in the queue: read, or being read."""
         with self._changed:
-            return len(self._waiting) + self._reading
+            return self._places()
 
     @property
     def answering(self) -> int:
@@ -73,7 +82,7 @@ class Batcher:
             Full: there is none.
         """
         with self._changed:
-            if self._closed or len(self._waiting) + self._reading >= self._queue:
+            if self._closed or self._places() >= self._queue:
                 raise Full
             self._reading += 1
         try:
@@ -102,21 +111,45 @@ class Batcher:
     def _work(self) -> None:
         torch.set_num_threads(self._threads)
         while batch := self._next():
-            try:
-                outcomes: list[Answer | Exception] = [*self._answers(batch)]
-            except Exception as error:  # whatever a model stumbles over: its clients hear of it, and others are served
-                outcomes = [error] * len(batch)
-            with self._changed:
-                self._answering = []
-            for waiting, outcome in zip(batch, outcomes, strict=True):
-                waiting.done(outcome)
+            outcomes = self._outcomes(batch)
+            if len(batch) > 1 and isinstance(failed := outcomes[0], Exception):
+                # One too many for the memory, or one that the model stumbles over: the others need not fail with it.
+                traceback.clear_frames(failed.__traceback__)  # they hold the batch's tensors
+                again = [waiting for waiting in batch if not waiting.heard]
+                print(
+                    f"{len(batch)} questions failed together ({type(failed).__name__}): the {len(again)} of which "
+                    "nothing was heard yet are answered one by one.",
+                    file=sys.stderr,
+                )
+                for waiting in [waiting for waiting in batch if waiting.heard]:
+                    self._done(waiting, failed)
+                for waiting in again:
+                    self._done(waiting, *self._outcomes([waiting]))
+            else:
+                for waiting, outcome in zip(batch, outcomes, strict=True):
+                    self._done(waiting, outcome)
 
-    def _answers(self, batch: list[Waiting]) -> list[Answer]:
-        return self._session.answer(
-            [waiting.question for waiting in batch],
-            [waiting.hear for waiting in batch],
-            [waiting.given_up.is_set for waiting in batch],
-        )
+    def _outcomes(self, batch: list[Waiting]) -> list[Answer] | list[Exception]:
+        try:
+            return self._session.answer(
+                [waiting.question for waiting in batch],
+                [waiting.say for waiting in batch],
+                [waiting.given_up.is_set for waiting in batch],
+            )
+        except Exception as error:  # whatever a model stumbles over: its clients hear of it, and others are served
+            return [error] * len(batch)
+
+    def _done(self, waiting: Waiting, outcome: Answer | Exception) -> None:
+        with self._changed:
+            self._answering.remove(waiting)
+        waiting.done(outcome)
+
+    def _places(self) -> int:
+        """How many are taken, once what is given up has left the queue: else who asks and leaves would fill it."""
+        for waiting in [each for each in self._waiting if each.given_up.is_set()]:
+            self._waiting.remove(waiting)
+            waiting.done(Answer("", "cancelled", len(waiting.question.sample.input_ids), 0))
+        return len(self._waiting) + self._reading
 
     def _next(self) -> list[Waiting]:
         """The question that waits longest and, where it is greedy, those that can be answered with it; nothing at the
@@ -124,10 +157,7 @@ class Batcher:
         """
         with self._changed:
             while True:
-                for waiting in [each for each in self._waiting if each.given_up.is_set()]:
-                    self._waiting.remove(waiting)
-                    size = len(waiting.question.sample.input_ids)
-                    waiting.done(Answer("", "cancelled", size, 0))
+                self._places()
                 if self._waiting or self._closed:
                     break
                 self._changed.wait()
@@ -135,7 +165,8 @@ class Batcher:
                 return []
             settings = self._waiting[0].question.settings
             same = [each for each in self._waiting if each.question.settings == settings]
-            self._answering = same[: 1 if settings.sampled else self._batch]
-            for waiting in self._answering:
+            batch = same[: 1 if settings.sampled else self._batch]
+            for waiting in batch:
                 self._waiting.remove(waiting)
-            return self._answering
+            self._answering = [*batch]
+            return batch

@@ -78,17 +78,25 @@ def refused(refusal: Refusal) -> JSONResponse:
     return JSONResponse(refusal.body(), refusal.status, headers=refusal.headers())
 
 
-async def read_json(request: Request, most: int) -> Any:
-    """The JSON of a body of at most ``most`` bytes.
+async def read_body(request: Request, most: int) -> bytes:
+    """A body of at most ``most`` bytes.
 
     Raises:
-        Refusal: it is larger, does not come, or is no JSON.
+        Refusal: it is larger, or does not come.
     """
     try:
         async with asyncio.timeout(_SECONDS):
-            body = await _body(request, most)
+            return await _body(request, most)
     except TimeoutError as error:
         raise Refusal(408, f"The body did not come within {_SECONDS} seconds. Send it again.") from error
+
+
+def read_json(body: bytes) -> Any:
+    """Its JSON; of a large one it takes a while.
+
+    Raises:
+        Refusal: it is none.
+    """
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:

@@ -11,7 +11,7 @@ from deepstack_pl.vision.images import MAX_PIXELS, decode_image, image_size
 
 
 def bytes_of(url: str, where: str, *, root: Path | None, most: int) -> bytes:
-    """What ``url`` holds: of ``data:``, or of ``file:`` below ``root``, and at most ``most`` bytes.
+    """What ``url`` holds: of ``data:``, or of ``file:`` below ``root``, which may have at most ``most`` bytes.
 
     Raises:
         ValueError: it is neither, or outside ``root``, or no file that can be read.
@@ -52,7 +52,9 @@ def _data(url: str, where: str) -> bytes:
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(f"{where}: what follows {head}, is not base64: {error}. Encode the file's bytes.") from error
+        raise ValueError(
+            f"{where}: what follows the comma of {_short(head)} is not base64: {error}. Encode the file's bytes."
+        ) from error
 
 
 def _file(url: str, where: str, root: Path | None, most: int) -> bytes:
@@ -72,11 +74,19 @@ def _file(url: str, where: str, root: Path | None, most: int) -> bytes:
         raise outside from None
     if not file.is_relative_to(root.resolve()):
         raise outside  # nothing is said of what lies there, or does not
-    if not file.is_file():
-        raise ValueError(f"{where}: {_short(url)}: there is no such file.")
-    if file.stat().st_size > most:
-        raise ValueError(f"{where}: {_short(url)} is larger than the {most:,} bytes that --max-body-mb allows.")
-    return file.read_bytes()
+    try:
+        if not file.is_file():
+            raise ValueError(f"{where}: {_short(url)}: there is no such file.")
+        with file.open("rb") as opened:
+            data = opened.read(most + 1)
+    except OSError:  # its text is the path behind the links
+        raise ValueError(f"{where}: {_short(url)} cannot be read.") from None
+    if len(data) > most:
+        raise ValueError(
+            f"{where}: {_short(url)} is larger than the {most:,} bytes that --max-body-mb leaves for it. Send smaller "
+            "pictures, or fewer."
+        )
+    return data
 
 
 def _short(url: str) -> str:

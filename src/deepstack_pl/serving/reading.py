@@ -89,7 +89,12 @@ class Row:
         that may turn out to be the last.
         """
         text = text.rstrip(HALF)
-        begun = (size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size]))
+        begun = (
+            size
+            for stop in self._stop
+            for size in range(1, min(len(stop), len(text) + 1))
+            if text.endswith(stop[:size])
+        )
         return len(text[: len(text) - max(begun, default=0)].rstrip())
 
 

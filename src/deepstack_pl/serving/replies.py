@@ -14,7 +14,9 @@ class Refusal(Exception):
 
     def __init__(self, status: int, sentence: str, *, field: str | None = None, code: str | None = None) -> None:
         super().__init__(sentence)
-        self.status, self.sentence, self.field, self.code = status, sentence, field, code
+        self.status, self.code = status, code
+        # Both quote what was sent, where half a character may stand, which no answer can hold.
+        self.sentence, self.field = _whole(sentence), None if field is None else _whole(field)
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
@@ -23,6 +25,10 @@ class Refusal(Exception):
 
     def headers(self) -> dict[str, str]:
         return {"Retry-After": "1"} if self.status == 503 else {}
+
+
+def _whole(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 class Completion:

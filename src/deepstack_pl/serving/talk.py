@@ -47,6 +47,8 @@ class Talk:
 
     def ask(self, text: str) -> int:
         """Ask, and print the answer while it is written; the exit status."""
+        if IMAGE in text:
+            return _complain(f"{IMAGE} is where a picture goes, and no word: give pictures with /image, or reword it.")
         stopped = threading.Event()
         asked = Turn(Role.user, "\n".join([IMAGE] * len(self._next) + [text.strip()]))
         record = Record(
@@ -59,7 +61,7 @@ class Talk:
                 return _complain(str(error))
             (answer,) = self._session.answer([question], [_show], [stopped.is_set])
         print({"length": f" [cut after {answer.tokens} tokens]", "cancelled": " [stopped]"}.get(answer.finish, ""))
-        self._turns += [asked, Turn(Role.assistant, answer.text)]
+        self._turns += [asked, Turn(Role.assistant, answer.text, plain=True)]
         self._pictures += self._next
         self._next = []
         return 0

@@ -4,16 +4,20 @@ JPEG is decoded by simplejpeg, everything else by Pillow: the pixels are Pillow'
 applied and of an animation the first frame is taken, as LLaVA and its descendants do.
 """
 
+import struct
 import warnings
 from io import BytesIO
 
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from deepstack_pl.batch import Reason, Refused
 from deepstack_pl.vision.views import as_rgb
 
 MAX_PIXELS = 64_000_000  # refused from the header: a small file can unfold into gigabytes
+MAX_SIDE = 65_536  # one more than a JPEG can have; a line of millions of pixels takes resizing many seconds
+_TILE, _BITS, _SAMPLES = (322, 323), 258, 277  # tags of a tif
 
 _SIGNATURES = (
     (b"\x89PNG\r\n\x1a\n", "png"),
@@ -52,12 +56,24 @@ def image_size(data: bytes, where: str = "image") -> tuple[int, int]:
     """Width and height in pixels, from the header alone.
 
     Raises:
-        Refused: no picture, or more than `MAX_PIXELS`; says where, what was found and what to do.
+        Refused: no picture, or more than `MAX_PIXELS`, or than `MAX_SIDE` on a side; says where, what was found and
+            what to do.
     """
-    header = _jpeg_header(data)
-    width, height = header[:2] if header else _open(data, where).size
+    if header := _jpeg_header(data):
+        image, (width, height) = None, header[:2]
+    else:
+        image = _open(data, where)
+        width, height = image.size
     if width * height > MAX_PIXELS:
         raise _too_large(where, f"{width} x {height}")
+    if max(width, height) > MAX_SIDE:
+        raise Refused(
+            Reason.image,
+            f"{where}: an image of {width} x {height} pixels; at most {MAX_SIDE:,} on a side are decoded. Cut it, or "
+            "leave it out.",
+        )
+    if isinstance(image, TiffImageFile):
+        _refuse_large_tiles(image, data, where)
     return width, height
 
 
@@ -98,6 +114,30 @@ def _open(data: bytes, where: str) -> Image.Image:
         raise _unreadable(data, where) from error
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
         raise _unreadable(data, where, error) from error
+
+
+def _refuse_large_tiles(image: TiffImageFile, data: bytes, where: str) -> None:
+    """A tile is decoded as a whole, however small the picture is that is cut from it; strips end where it ends."""
+    tags = image.tag_v2
+    sides = [tags[tag] for tag in _TILE if tag in tags]
+    # Of two tags of one number Pillow reads the last, and libtiff, which decodes, the first.
+    order = "<" if data.startswith(b"II") else ">"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", data, 4)
+        (count,) = struct.unpack_from(f"{order}H", data, start)
+        numbers = {struct.unpack_from(f"{order}H", data, start + 2 + 12 * place) for place in range(count)}
+    except struct.error as error:
+        raise _unreadable(data, where, error) from error
+    if len(numbers) < count or not all(isinstance(side, int) for side in sides):
+        raise _unreadable(data, where)
+    bits = tags.get(_BITS, (1,))
+    pixel = max(4, max(bits) * max(len(bits), tags.get(_SAMPLES, 1)) // 8)
+    if len(sides) == 2 and sides[0] * sides[1] * pixel > 4 * MAX_PIXELS:
+        raise Refused(
+            Reason.image,
+            f"{where}: an image in tiles of {sides[0]} x {sides[1]} pixels, {pixel} bytes each; at most "
+            f"{4 * MAX_PIXELS:,} bytes of a tile are decoded. Save it without tiles, or leave it out.",
+        )
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, str] | None:
