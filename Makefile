@@ -1,6 +1,6 @@
 # Everything a newcomer types. `make` alone lists it.
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow reliability test-oldest golden check bench bench-gpu clean
+.PHONY: help install train test test-slow reliability test-oldest test-newest golden check bench bench-gpu drill clean
 
 # The first interpreter that really runs (a version manager's shim may exist and fail), is 3.11 or 3.12, and can make a
 # virtual environment. Name another with `make PYTHON=...`.
@@ -10,6 +10,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CONSTRAINTS := constraints.txt
 # Shapes and dtypes in signatures are checked while the tests run, never in production.
 TYPED := deepstack_pl.batch,deepstack_pl.stacking,deepstack_pl.vision,deepstack_pl.language,deepstack_pl.multimodal
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --jaxtyping-packages=$(TYPED),beartype.beartype
@@ -27,13 +28,14 @@ $(STAMP): pyproject.toml constraints.txt
 			echo "make install: needs Python 3.11 or 3.12 with venv, and '$$python' is none. Name one: make PYTHON=..." >&2; \
 			exit 1; }; \
 		"$$python" -m venv --clear $(VENV); }
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]" -c $(CONSTRAINTS)
 	@touch $@
 
 train: install  ## data, training, evaluation, report: python train.py
 	$(BIN)/python train.py
 
 test: install  ## the test suite, offline
+	@$(BIN)/python -m pip list --format=freeze --disable-pip-version-check | grep -E '^(torch|transformers|lightning)=='
 	$(PYTEST) -m "not slow" -n 2 --dist loadfile --durations=10
 
 test-slow: install  ## the tests that train
@@ -42,20 +44,18 @@ test-slow: install  ## the tests that train
 reliability: install  ## what docs/reliability.md promises, in at most ten minutes
 	$(PYTEST) -m reliability -n 2 --dist loadfile --durations=10
 
-# The oldest transformers that pyproject.toml allows, with the huggingface_hub it was released with, beside the rest of .venv.
-OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
-OLD := build/oldest/$(OLDEST)
+# The same suite with other releases of torch and transformers, each in an environment of its own below build/; everything
+# that does not come with these two stays as in constraints.txt.
+MOVED := torch|torchvision|triton|nvidia-.*|cuda-.*|transformers|tokenizers|huggingface_hub|hf-xet
+FLOOR = $(shell sed -n 's/.*"$(1)>=\([0-9.]*\)".*/$(1)==\1/p' pyproject.toml)
 
-test-oldest: install $(OLD)/.installed  ## a folder loaded and questioned with the oldest transformers that is supported
-	HF_HUB_OFFLINE=1 PYTHONPATH=$(OLD):src $(BIN)/python tests/multimodal/oldest.py $(OLDEST)
+test-oldest:  ## the test suite with the oldest torch and transformers that pyproject.toml allows
+	@mkdir -p build && { grep -viE '^($(MOVED))==' constraints.txt; printf '%s\n' $(call FLOOR,torch) $(call FLOOR,transformers); } >build/oldest.txt
+	$(MAKE) test VENV=build/oldest CONSTRAINTS=build/oldest.txt
 
-$(OLD)/.installed:
-	@rm -rf $(OLD)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLD) --no-deps transformers==$(OLDEST) && \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLD) "huggingface_hub<2" || { \
-		echo "make test-oldest: transformers $(OLDEST) could not be installed. It needs the package index, or pip's cache." >&2; \
-		exit 1; }
-	@touch $@
+test-newest:  ## the test suite with the newest there are
+	@mkdir -p build && grep -viE '^($(MOVED))==' constraints.txt >build/newest.txt
+	$(MAKE) test VENV=build/newest CONSTRAINTS=build/newest.txt
 
 golden: install  ## what every shipped experiment resolves to, written anew: tests/experiments/resolved
 	PYTHONPATH=src $(BIN)/python tests/experiments/shipped.py
@@ -74,6 +74,9 @@ bench: install  ## speed on the CPU, in under ten minutes; writes the tables of 
 # Installs nothing: a machine with a GPU has a torch of its own, for its driver, and often no network.
 bench-gpu:  ## training steps of real size on one GPU, in at most ten minutes; writes gpu.md there
 	$(or $(wildcard $(BIN)/python),$(PYTHON),python3) experiments/benchmarks/gpu.py
+
+drill: install  ## kill -9, full disks, fuzzing and a soak, by hand, in three hours; writes the tables of experiments/drill
+	@for drill in kills full_disk fuzz soak; do $(BIN)/python experiments/drill/$$drill.py || exit 1; echo; done
 
 clean:  ## remove caches and build leftovers; data, outputs and .venv stay
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info

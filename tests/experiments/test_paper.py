@@ -3,14 +3,13 @@
 import difflib
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from shipped import CONF, PAGES, Point, chooses, command_of, header_of, names, page, page_of, points, run_of
 
 from deepstack_pl.cli import checks
+from deepstack_pl.cli.train import main
 from deepstack_pl.config.overrides import check, parse
 from deepstack_pl.config.schema import Schema
 from deepstack_pl.multimodal.config import build_plan
@@ -106,12 +105,12 @@ def test_the_table_of_the_paper_has_every_file() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_dry_run_of_one_point_says_what_it_will_be(name: str, tmp_path: Path) -> None:
-    words = [f"experiment={name}", *last_point(name), "hydra.mode=RUN", "dry_run=true"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *words], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "what learns" in done.stdout
-    assert "A step:" in done.stdout
+def test_a_dry_run_of_one_point_says_what_it_will_be(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(CONF, [f"experiment={name}", *last_point(name), "hydra.mode=RUN", "dry_run=true"]) == 0
+    said = capsys.readouterr().out
+    assert "what learns" in said
+    assert "A step:" in said
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []

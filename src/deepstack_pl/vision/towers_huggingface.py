@@ -9,7 +9,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -185,11 +184,6 @@ def _parts(model: Any) -> Parts:
             positions=embeddings.position_embedding.weight,
             norm=model.pre_layrnorm if clip else nn.Identity(),
             blocks=model.encoder.layers,
-        )
-    if "attention.q_proj.weight" not in model.encoder.layer[0].state_dict():
-        raise ValueError(
-            f"transformers {transformers.__version__} names the parts of DINOv2's blocks otherwise than later ones, "
-            "and what is saved with it would not load there. Upgrade: pip install -U transformers."
         )
     registers = [embeddings.register_tokens] if isinstance(model, Dinov2WithRegistersModel) else []
     return Parts(
