@@ -230,6 +230,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a sampling": ({"deepstack_sampling": "3d"}, "deepstack_sampling='3d': published are 2d, 1d, grid, 2d_scaledown"),
     "an aspect ratio": ({"image_aspect_ratio": "pad"}, "image_aspect_ratio='pad': only 'deepstack'"),
+    "more crops than there is memory for": (
+        {"num_crops": 2**31},
+        r"model\.tiles=2147483648: an image becomes at most 1,024",
+    ),
     "one crop": ({"num_crops": 1}, "says no plan that can be"),
     "crops that are no number": ({"num_crops": "4"}, "num_crops='4' is no whole number"),
     "a negative start": ({"deepstack_start_id": -1}, "says no plan that can be"),

@@ -23,6 +23,7 @@ from deepstack_pl.stacking.config import (
     Unfilled,
 )
 
+MOST_TILES = 1024
 WITH_TILES = (Sequence.global_and_tiles, Sequence.tiles, Sequence.channels)  # sequences that need tiles
 ALIGNED = (Source.tap, Source.spatial)  # sources that lie token by token under the text sequence
 STRINGS = (Sequence.global_and_tiles, Sequence.tiles)  # sequences in which tiles follow each other
@@ -80,6 +81,11 @@ def check_views(values: Values) -> None:
         raise ValueError(
             f"model.tiles={values.tiles}, model.detail={values.detail}, model.pooling={values.pooling}: tiles cannot "
             "be negative, the other two must be at least 1."
+        )
+    if values.tiles > MOST_TILES:
+        raise ValueError(
+            f"model.tiles={values.tiles}: an image becomes at most {MOST_TILES:,} tiles: every grid of them is "
+            "tried. Lower `model.tiles`."
         )
     if values.tiles == 1 and values.grid is GridRule.best_fit:
         raise ValueError("model.tiles=1: best_fit has no grid of one tile (1x1 is excluded). Use 0, or 2 and more.")
