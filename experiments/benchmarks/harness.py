@@ -69,12 +69,15 @@ def machine() -> str:
     """Processor, threads, packages, commit."""
     names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    commit = git.stdout.strip() or "none"
     return (
         f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads; {versions}, Python "
-        f"{platform.python_version()}; after commit {commit}"
+        f"{platform.python_version()}; after commit {commit()}"
     )
+
+
+def commit() -> str:
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    return git.stdout.strip() or "none"
 
 
 def _cpuinfo() -> list[str]:

@@ -12,9 +12,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.append(str(HERE.parent / "benchmarks"))
 
-from harness import machine, markdown  # noqa: E402 - it lies there
+from harness import commit, machine, markdown  # noqa: E402 - it lies there
 
-__all__ = ["ENVIRONMENT", "HERE", "ROOT", "arguments", "markdown", "report", "small_run"]
+__all__ = ["ENVIRONMENT", "HERE", "ROOT", "arguments", "commit", "markdown", "parser_of", "report", "small_run"]
 
 # PYTHONPATH: the witness (dealt.py) is a callback that the run's config names.
 ENVIRONMENT = {
@@ -47,12 +47,16 @@ def small_run(folder: Path, data: Path, *more: str) -> list[str]:
     ]
 
 
-def arguments(doc: str) -> argparse.Namespace:
+def parser_of(doc: str) -> argparse.ArgumentParser:
     """``--quick`` and ``--out``, as every drill takes them."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="whether it runs; its figures say nothing")
     parser.add_argument("--out", type=Path, default=HERE, metavar="FOLDER", help="where the figures go")
-    return parser.parse_args()
+    return parser
+
+
+def arguments(doc: str) -> argparse.Namespace:
+    return parser_of(doc).parse_args()
 
 
 def report(name: str, title: str, parts: Sequence[str], raw: Any, args: argparse.Namespace) -> None:
