@@ -13,6 +13,7 @@ from deepstack_pl.batch import PadSide
 from deepstack_pl.multimodal.build import build_model
 from deepstack_pl.multimodal.config import ProjectorConfig
 from deepstack_pl.multimodal.model import DeepStackForConditionalGeneration
+from deepstack_pl.multimodal.output import CACHE
 from deepstack_pl.stacking.config import Operator
 
 NEW = 6
@@ -119,7 +120,7 @@ def test_a_conversation_goes_on_from_its_cache(model: Any, alone: Tensor) -> Non
     first = model.generate(**prompts(batch), **how, return_dict_in_generate=True)
     mask = torch.cat([batch.attention_mask, torch.ones(len(ROWS), 3, dtype=torch.bool)], dim=1)
     longer = prompts(batch) | {"input_ids": first.sequences, "attention_mask": mask}
-    second = model.generate(**longer, **how, past_key_values=first.past_key_values)
+    second = model.generate(**longer, **how, **{CACHE: getattr(first, CACHE)})
     assert torch.equal(second[:, batch.input_ids.shape[1] :], alone)
 
 

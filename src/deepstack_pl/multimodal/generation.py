@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import Cache, GenerationMixin
+
+from deepstack_pl.multimodal.output import CACHE
 
 # What `encode` takes. None of it is indexed by sample: beams must not repeat it, and do not repeat what it gives.
 _VISUAL = ("views", "vit_rows", "sequence_rows", "group_rows")
@@ -50,7 +52,7 @@ class DeepStackGenerationMixin(GenerationMixin):
             )
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_ids: Tensor, **kwargs: Any
+        self, input_ids: Tensor, past_key_values: Cache | None = None, cache: Cache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Images belong to the prompt: they go along while positions of it run, in chunks or (uncached) all of them.
 
@@ -58,10 +60,11 @@ class DeepStackGenerationMixin(GenerationMixin):
         generated ones have none. Where they stand is read off the cache: before 5.23, transformers calls only a
         prompt's first chunk the first iteration.
         """
+        cache = past_key_values if cache is None else cache  # both names are transformers', by its release
+        kwargs[CACHE] = cache
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         index = inputs.pop("token_index", None)
         encoded = inputs.pop("encoded", None)
-        cache = inputs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         if index is None or past >= index.shape[1]:
             return inputs
@@ -76,7 +79,7 @@ def _padded_left(inputs: dict[str, Any]) -> dict[str, Tensor]:
     Nothing where no row is padded on the right, nor where a cache holds positions already.
     """
     mask = inputs.get("attention_mask")
-    if mask is None or mask.ndim != 2 or inputs.get("past_key_values") is not None:
+    if mask is None or mask.ndim != 2 or inputs.get(CACHE) is not None:
         return {}
     if not (mask[:, 1:].long() < mask[:, :-1].long()).any():
         return {}

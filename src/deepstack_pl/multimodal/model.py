@@ -33,7 +33,7 @@ from deepstack_pl.multimodal.generation import DeepStackGenerationMixin
 from deepstack_pl.multimodal.groups import text_and_groups
 from deepstack_pl.multimodal.lora import add_adapters
 from deepstack_pl.multimodal.merge import merge
-from deepstack_pl.multimodal.output import DeepStackOutput
+from deepstack_pl.multimodal.output import CACHE, DeepStackOutput
 from deepstack_pl.multimodal.projector import build_own_projectors, build_projector
 from deepstack_pl.multimodal.tensor_files import refuse_pickles_alone
 from deepstack_pl.stacking.config import Host, Newline, Sequence
@@ -164,7 +164,6 @@ class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
         longest: int | None = None,
         learned_at: Int[Tensor, " l"] | None = None,
         targets: Int[Tensor, " l"] | None = None,
-        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         record: bool = False,
         **kwargs: Any,
@@ -186,7 +185,8 @@ class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
                 raise ValueError("views, token_index, sequence_rows, group_rows and vit_rows come together: pass all.")
             encoded = self.encode(views, vit_rows, sequence_rows, group_rows, traces)
         if encoded is None:
-            if past_key_values is None or not past_key_values.get_seq_length():
+            cache: Cache | None = kwargs.get(CACHE)
+            if cache is None or not cache.get_seq_length():
                 self._refuse_placeholders(input_ids)
             embeds = self.get_input_embeddings()(input_ids)
         else:
@@ -214,16 +214,14 @@ class DeepStackForConditionalGeneration(HFModel, DeepStackGenerationMixin):
             inputs |= segment_arguments(self.language_model, attention_mask, boundaries, longest)
             losses = token_losses(self.language_model, inputs, learned_at, targets, self.loss)
             return DeepStackOutput(losses=losses, record=None if traces is None else traces.data)
-        output = self.language_model(
-            attention_mask=attention_mask, labels=labels, past_key_values=past_key_values, **inputs
-        )
+        output = self.language_model(attention_mask=attention_mask, labels=labels, **inputs)
         return DeepStackOutput(
             loss=output.loss,
             logits=output.logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             record=None if traces is None else traces.data,
+            **{CACHE: getattr(output, CACHE)},
         )
 
     def encode(
