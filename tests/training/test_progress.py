@@ -17,6 +17,19 @@ from deepstack_pl.training.progress import LogLine, TrainingBar, progress
 from deepstack_pl.training.throughput import Throughput
 
 
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch):
+    """Time passes by sleeping, and a thousandth of a second with each look: on a busy machine, too."""
+    now = [0.0]
+
+    def pass_by(seconds):
+        now[0] += seconds
+        return now[0]
+
+    monkeypatch.setattr(time, "sleep", pass_by)
+    monkeypatch.setattr(time, "perf_counter", lambda: pass_by(0.001))
+
+
 class Sleeper(lightning.Callback):
     """Spends time between steps, as validation does."""
 
