@@ -237,7 +237,7 @@ def fuzz_manifest(data: st.DataObject, folder: Path) -> None:
 def fuzz_request(data: st.DataObject, folder: Path) -> None:
     """Refusal: what a client sends to the server; ValueError of what is decoded later."""
     try:
-        asked = read_request(spoiled(data, _REQUEST), model="tiny", limits=Limits(), root=folder)
+        asked = read_request(spoiled(data, _REQUEST), model="tiny", limits=Limits(), positions=256, root=folder)
     except Refusal as refusal:
         _named(refusal)
         return
