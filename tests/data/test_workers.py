@@ -1,6 +1,7 @@
 """The processes that read: what they make of samples, and what is said when one of them is lost."""
 
 import gc
+import multiprocessing
 import os
 import pickle
 import signal
@@ -243,6 +244,25 @@ def test_a_worker_brings_its_batches_after_a_sigterm_and_ends_at_the_second() ->
     came, said = read_until_lost(iter(loader_of(Numbers(12), sigterm_with_the_second_and_the_last)))
     assert came == alone[:2], "the first came with the first batch"
     assert "worker 0's, with" in said
+
+
+def test_a_worker_that_dies_during_a_step_disturbs_no_step_and_is_told_where_its_batch_is_waited_for() -> None:
+    alone = [batch.keys for batch in loader_of(Numbers(12), workers=0)]
+
+    def die_in_the_last_batch(record: Record) -> Sample:
+        if record.key == alone[2][0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return prepare(record)
+
+    others = multiprocessing.active_children()
+    batches = iter(loader_of(Numbers(12), die_in_the_last_batch))
+    assert next(batches).keys == alone[0]
+    (worker,) = set(multiprocessing.active_children()) - set(others)
+    assert worker.pid is not None
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # the step: a signal has come, and nothing was raised
+    came, said = read_until_lost(batches)
+    assert came == alone[1 : 1 + len(came)]
+    assert f"exited unexpectedly. What was waited for is worker 0's, with {', '.join(alone[1 + len(came)][:3])}" in said
 
 
 def test_a_worker_that_cannot_hand_a_batch_over_is_an_error_at_once_and_names_the_shared_memory() -> None:

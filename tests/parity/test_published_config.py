@@ -358,6 +358,7 @@ def test_an_inner_width_survives_the_ratio_it_is_written_as() -> None:
         ({"patch_size": None}, "its config.json says {'patch_size': None}: sizes and depths are whole numbers"),
         ({"num_hidden_layers": 0}, "says {'num_hidden_layers': 0}"),
         ({"hidden_size": "12"}, "transformers refuses its config.json"),
+        ({"num_attention_heads": 0}, "transformers refuses its config.json"),
     ],
 )
 def test_another_tower_is_refused(change: dict[str, Any], said: str) -> None:

@@ -22,7 +22,7 @@ from deepstack_pl.data.records import Source
 Blank = Callable[[str, str, tuple[Reason, str] | None], Sample]
 
 TIMEOUT = 600  # seconds that a batch may take before a worker is taken for hung
-_LOOK = 5.0  # seconds between looks at whether the workers live
+_LOOK = 1.0  # seconds between looks at whether the workers live
 _FULL = os.strerror(errno.ENOSPC)
 _NAMED = 3  # samples of a batch that did not come
 
@@ -82,17 +82,29 @@ class PreparedSource(Dataset[Sample | list[Sample]]):
 
 
 class _Looking(_MultiProcessingDataLoaderIter):
-    """Given a timeout, torch looks after its workers when that is over, and relies on a signal until then. That is lost
-    where it is answered within a destructor, or where a library takes SIGCHLD for itself.
+    """Looks after its workers while it waits for a batch, and then alone.
+
+    torch tells of a worker's end by a signal, whose answer is an error at whatever the process is doing: in the middle
+    of an optimiser's step, or within a destructor that swallows it. Where a timeout is given, it looks by itself only
+    when that is over.
     """
 
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        super().__init__(loader)
+        torch._C._remove_worker_pids(id(self))
+        self._worker_pids_set = False
+
     def _try_get_data(self, timeout: float = _LOOK) -> Any:
-        end = time.monotonic() + timeout
-        while True:
-            left = max(end - time.monotonic(), 0.0)
-            found = super()._try_get_data(min(left, _LOOK))
-            if found[0] or left <= _LOOK:
-                return found
+        torch._C._set_worker_pids(id(self), tuple(worker.pid for worker in self._workers))
+        try:
+            end = time.monotonic() + timeout
+            while True:
+                left = max(end - time.monotonic(), 0.0)
+                found = super()._try_get_data(min(left, _LOOK))
+                if found[0] or left <= _LOOK:
+                    return found
+        finally:
+            torch._C._remove_worker_pids(id(self))
 
 
 class WatchedLoader(DataLoader[Any]):

@@ -104,7 +104,7 @@ def _shape(name: str, tower: Mapping[str, Any]) -> dict[str, Any]:
         )
     try:
         clip = CLIPVisionConfig(**{key: value for key, value in shape.items() if key != "model_type"})
-    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"mm_vision_tower={name!r}: transformers refuses its config.json: {reason}") from error
     if clip.hidden_act not in _ACTIVATIONS or clip.num_channels != 3:
